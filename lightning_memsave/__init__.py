@@ -1,0 +1,81 @@
+"""Train the same LightningModule in less memory: callbacks, strategies and precision plugins that need no edit of it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_memsave.callbacks._apply import apply as apply
+    from lightning_memsave.callbacks.activation_checkpointing import ActivationCheckpointing as ActivationCheckpointing
+    from lightning_memsave.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
+    from lightning_memsave.callbacks.allocator_settings import AllocatorSettings as AllocatorSettings
+    from lightning_memsave.callbacks.early_zero_grad import EarlyZeroGrad as EarlyZeroGrad
+    from lightning_memsave.callbacks.lora import LoRA as LoRA
+    from lightning_memsave.callbacks.low_memory_optimizer import LowMemoryOptimizer as LowMemoryOptimizer
+    from lightning_memsave.callbacks.memory_audit import MemoryAudit as MemoryAudit
+    from lightning_memsave.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
+    from lightning_memsave.callbacks.model_transform import ModelTransform as ModelTransform
+    from lightning_memsave.callbacks.presets import preset as preset
+    from lightning_memsave.callbacks.qlora import QLoRA as QLoRA
+    from lightning_memsave.callbacks.weight_quantization import WeightQuantization as WeightQuantization
+    from lightning_memsave.errors import CheckpointMismatchError as CheckpointMismatchError
+    from lightning_memsave.errors import ConfigurationError as ConfigurationError
+    from lightning_memsave.errors import IncompatibleMethodsError as IncompatibleMethodsError
+    from lightning_memsave.errors import MemsaveError as MemsaveError
+    from lightning_memsave.errors import MissingDependencyError as MissingDependencyError
+    from lightning_memsave.errors import NothingToTransformError as NothingToTransformError
+    from lightning_memsave.memory.peak_metric import PeakMemory as PeakMemory
+    from lightning_memsave.memory.report import MemoryReport as MemoryReport
+    from lightning_memsave.memory.report import last_report as last_report
+    from lightning_memsave.transforms._adapter_files import load_adapters as load_adapters
+    from lightning_memsave.transforms._pass import Applied as Applied
+    from lightning_memsave.transforms._pass import AppliedTransforms as AppliedTransforms
+    from lightning_memsave.transforms._pass import Stage as Stage
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it. Names are imported at first use, so that importing the package (and every
+# command-line verb) starts nothing: no torch, no Lightning, no GPU.
+_EXPORTS = {
+    "ActivationCheckpointing": "callbacks.activation_checkpointing",
+    "AdapterCheckpoint": "callbacks.adapter_checkpoint",
+    "AllocatorSettings": "callbacks.allocator_settings",
+    "Applied": "transforms._pass",
+    "AppliedTransforms": "transforms._pass",
+    "CheckpointMismatchError": "errors",
+    "ConfigurationError": "errors",
+    "EarlyZeroGrad": "callbacks.early_zero_grad",
+    "IncompatibleMethodsError": "errors",
+    "LoRA": "callbacks.lora",
+    "LowMemoryOptimizer": "callbacks.low_memory_optimizer",
+    "MemoryAudit": "callbacks.memory_audit",
+    "MemoryProfiler": "callbacks.memory_profiler",
+    "MemoryReport": "memory.report",
+    "MemsaveError": "errors",
+    "MissingDependencyError": "errors",
+    "ModelTransform": "callbacks.model_transform",
+    "NothingToTransformError": "errors",
+    "PeakMemory": "memory.peak_metric",
+    "QLoRA": "callbacks.qlora",
+    "Stage": "transforms._pass",
+    "WeightQuantization": "callbacks.weight_quantization",
+    "apply": "callbacks._apply",
+    "last_report": "memory.report",
+    "load_adapters": "transforms._adapter_files",
+    "preset": "callbacks.presets",
+}
+
+__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Lightning callbacks: thin shells over the mechanisms below."""

@@ -1,0 +1,78 @@
+"""The one place that decides between ``lightning.pytorch`` and ``pytorch_lightning``.
+
+A callback that inherits from both ``Callback`` classes is accepted by both Trainers and both CLIs. Where one
+namespace is installed, it alone is the base. (``pip install lightning`` brings both; the second import costs 0.1 s.)
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lightning_memsave.errors import MissingDependencyError
+
+__all__ = ["NAMESPACES", "Callback", "namespace_of", "strategy_kind"]
+
+NAMES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _installed() -> list[ModuleType]:
+    found = []
+    for name in NAMES:
+        try:
+            found.append(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.split(".")[0]):
+                raise
+    if not found:
+        raise MissingDependencyError(
+            "lightning_memsave's callbacks need PyTorch Lightning, and neither 'lightning' nor 'pytorch_lightning' is "
+            "installed. Install one: pip install lightning"
+        )
+    return found
+
+
+NAMESPACES = _installed()
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    Callback = type(
+        "Callback",
+        tuple(namespace.Callback for namespace in NAMESPACES),
+        {"__doc__": "Lightning's Callback, of every namespace that is installed.", "__module__": __name__},
+    )
+
+
+def namespace_of(trainer: Any) -> ModuleType:
+    """Return the namespace (``lightning.pytorch`` or ``pytorch_lightning``) a Trainer comes from."""
+    for namespace in NAMESPACES:
+        if isinstance(trainer, namespace.Trainer):
+            return namespace
+    raise TypeError(f"expected a Trainer of {' or '.join(NAMES)}, got {type(trainer).__module__}.{type(trainer).__qualname__}")
+
+
+_KINDS = {
+    "DeepSpeedStrategy": "deepspeed",
+    "FSDPStrategy": "fsdp1",
+    "ModelParallelStrategy": "fsdp2",
+    "DDPStrategy": "ddp",
+    "SingleDeviceStrategy": "single",
+}
+
+
+def strategy_kind(strategy: Any) -> str:
+    """Return the column of the compatibility table a strategy belongs to.
+
+    Returns:
+        One of ``single``, ``ddp``, ``ddp_spawn``, ``fsdp1``, ``fsdp2``, ``deepspeed``, ``other``.
+
+    """
+    for cls in type(strategy).__mro__:
+        kind = _KINDS.get(cls.__name__)
+        if kind == "ddp" and getattr(strategy, "_start_method", "popen") != "popen":
+            return "ddp_spawn"
+        if kind is not None:
+            return kind
+    return "other"

@@ -1,0 +1,1 @@
+"""The ``memsave`` command line: one file per verb."""

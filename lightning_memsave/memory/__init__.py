@@ -1,0 +1,1 @@
+"""Counting bytes: who holds them, at which moment. Needs torch only."""

@@ -1,0 +1,1 @@
+"""What is known about every method: the catalog and the compatibility table."""

@@ -1,0 +1,160 @@
+"""One row per method: what it saves, what it costs, and whether the numbers stay the same.
+
+The docs table, the presets, the contract tests and the planner iterate over ``CATALOG``. A new method is one file
+and one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["CATALOG", "Method", "method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One memory-saving method.
+
+    Args:
+        name: The public class.
+        group: What it saves on.
+        saves: Bytes saved, as a formula in named shapes.
+        costs: What it costs in time or in other memory.
+        numerics: ``exact`` (bitwise equal), ``bounded`` (documented error) or ``statistical`` (another optimizer or
+            parametrization: compare losses).
+        use_when: One sentence for the methods page.
+        measured: A measured number and where it was measured; empty for what only observes.
+        requires: Optional libraries, by import name.
+        init_args: Arguments with which the contract tests build it.
+        source: Paper or library.
+
+    """
+
+    name: str
+    group: Literal["activations", "weights", "optimizer", "gradients", "allocator", "checkpoint", "observation"]
+    saves: str
+    costs: str
+    numerics: Literal["exact", "bounded", "statistical"]
+    use_when: str
+    measured: str = ""
+    requires: tuple[str, ...] = ()
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def class_path(self) -> str:
+        """The path to write after ``class_path:`` in a LightningCLI YAML."""
+        return f"lightning_memsave.{self.name}"
+
+
+CATALOG: tuple[Method, ...] = (
+    Method(
+        name="ActivationCheckpointing",
+        group="activations",
+        saves="all activations inside a block except its input: per block (saved - batch * tokens * hidden) * itemsize",
+        costs="one more forward of the blocks per step (about 1/3 of the step)",
+        numerics="exact",
+        use_when="activations dominate: long sequences, large batches, deep models",
+        source="Chen et al. 2016, https://arxiv.org/abs/1604.06174",
+    ),
+    Method(
+        name="WeightQuantization",
+        group="weights",
+        saves="frozen linear weights: 4.127 bits (nf4/fp4, double quantization), 4.5 bits (without) or 8 bits (int8) a value",
+        costs="dequantization in every forward and backward of a quantized layer",
+        numerics="bounded",
+        use_when="the weights are frozen and do not fit",
+        requires=("bitsandbytes",),
+        init_args={"kind": "nf4"},
+        source="Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; Dettmers et al. 2022, https://arxiv.org/abs/2208.07339",
+    ),
+    Method(
+        name="LoRA",
+        group="weights",
+        saves="gradients and optimizer state of every frozen weight: 12 bytes a frozen fp32 parameter under AdamW",
+        costs="two thin matrix products per adapted layer; rank * (in + out) trained values each",
+        numerics="statistical",
+        use_when="a fine-tune may train a low-rank change instead of every weight",
+        requires=("peft",),
+        init_args={"rank": 8},
+        source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
+    ),
+    Method(
+        name="QLoRA",
+        group="weights",
+        saves="WeightQuantization and LoRA together",
+        costs="those of both",
+        numerics="statistical",
+        use_when="fine-tuning a model whose 16-bit weights alone do not fit",
+        requires=("bitsandbytes", "peft"),
+        init_args={"rank": 16},
+        source="Dettmers et al. 2023, https://arxiv.org/abs/2305.14314",
+    ),
+    Method(
+        name="AdapterCheckpoint",
+        group="checkpoint",
+        saves="every frozen weight in every checkpoint file: 4 bytes a frozen fp32 parameter on disk",
+        costs="the base model must be at hand when a checkpoint is loaded; its fingerprint is checked",
+        numerics="exact",
+        use_when="adapters or few layers are trained; attached by LoRA and QLoRA",
+    ),
+    Method(
+        name="LowMemoryOptimizer",
+        group="optimizer",
+        saves="AdamW state from 8 to about 2 bytes a parameter (adamw_8bit), 1 (lion_8bit), 4 (lion), near 0 (adafactor)",
+        costs="quantization of the state in each step; another update rule where the name says so",
+        numerics="statistical",
+        use_when="full-parameter training: optimizer state is the largest part",
+        requires=("bitsandbytes",),
+        init_args={"name": "adamw_8bit"},
+        source="Dettmers et al. 2022, https://arxiv.org/abs/2110.02861",
+    ),
+    Method(
+        name="EarlyZeroGrad",
+        group="gradients",
+        saves="all gradients during the next forward: itemsize bytes a trainable parameter",
+        costs="nothing; gradients are None in on_train_batch_end",
+        numerics="exact",
+        use_when="always",
+    ),
+    Method(
+        name="AllocatorSettings",
+        group="allocator",
+        saves="reserved but unused accelerator memory (fragmentation)",
+        costs="nothing measurable",
+        numerics="exact",
+        use_when="always, on an accelerator",
+    ),
+    Method(
+        name="MemoryProfiler",
+        group="observation",
+        saves="nothing: shows the peak by category, module and phase",
+        costs="the profiled steps run slower; the others are untouched",
+        numerics="exact",
+        use_when="to see what to save on",
+    ),
+    Method(
+        name="MemoryAudit",
+        group="observation",
+        saves="nothing: checks in the first step that every saver does what it says",
+        costs="one step with hooks",
+        numerics="exact",
+        use_when="always while setting a run up",
+    ),
+)
+
+
+def method(name: str) -> Method:
+    """Return the catalog row of a public class.
+
+    Example:
+        >>> method("QLoRA").class_path
+        'lightning_memsave.QLoRA'
+
+    """
+    for row in CATALOG:
+        if row.name == name:
+            return row
+    raise KeyError(f"{name!r} is not in the catalog; it has {', '.join(row.name for row in CATALOG)}")

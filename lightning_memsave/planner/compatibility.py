@@ -1,0 +1,56 @@
+"""Which methods work together, and on which strategy: one table that everybody reads.
+
+The runtime check, ``memsave doctor``, the docs and the contract tests all read ``METHOD_PAIRS`` and
+``METHOD_STRATEGIES``. A pair that is not listed works. Every listed cell has a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_memsave.errors import IncompatibleMethodsError
+
+__all__ = ["METHOD_PAIRS", "METHOD_STRATEGIES", "STRATEGIES", "check_methods"]
+
+STRATEGIES = ("single", "ddp", "ddp_spawn", "fsdp1", "fsdp2", "deepspeed")
+
+# two methods -> why they cannot run together and what to write instead
+METHOD_PAIRS: dict[frozenset[str], str] = {
+    frozenset({"QLoRA", "LoRA"}): "QLoRA already adds adapters. Keep QLoRA(rank=...) and drop LoRA.",
+    frozenset({"QLoRA", "WeightQuantization"}): (
+        "QLoRA already quantizes the weights. Keep QLoRA(kind=...), or use WeightQuantization together with LoRA."
+    ),
+}
+
+# (method, strategy) -> why it is refused and what to write instead
+METHOD_STRATEGIES: dict[tuple[str, str], str] = {}
+
+
+def check_methods(methods: Mapping[str, Any] | Iterable[str], strategy: str) -> None:
+    """Refuse methods that cannot run together, or not on this strategy, listing every problem.
+
+    Args:
+        methods: Names of the public classes in use.
+        strategy: One of ``STRATEGIES``, or ``"other"`` for a strategy this package does not know.
+
+    Raises:
+        IncompatibleMethodsError: If the table refuses a pair or a cell.
+
+    Example:
+        >>> check_methods(["ActivationCheckpointing", "QLoRA"], "ddp")
+
+    """
+    names = set(methods)
+    problems = [
+        f"{' and '.join(sorted(pair))} do not combine: {reason}"
+        for pair, reason in METHOD_PAIRS.items()
+        if pair <= names
+    ]
+    problems += [
+        f"{method} does not run on the {kind!r} strategy: {reason}"
+        for (method, kind), reason in METHOD_STRATEGIES.items()
+        if kind == strategy and method in names
+    ]
+    if problems:
+        raise IncompatibleMethodsError("\n".join(problems))

@@ -1,0 +1,1 @@
+"""Changes of a model, in place and reversible. Needs torch only."""
