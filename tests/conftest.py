@@ -68,7 +68,9 @@ def no_leaks(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     gc.collect()
 
 
-def _rank_main(rank: int, world_size: int, folder: str, function: Callable[..., object], args: tuple[object, ...]) -> None:
+def _rank_main(
+    rank: int, world_size: int, folder: str, function: Callable[..., object], args: tuple[object, ...]
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -50,7 +50,9 @@ def namespace_of(trainer: Any) -> ModuleType:
     for namespace in NAMESPACES:
         if isinstance(trainer, namespace.Trainer):
             return namespace
-    raise TypeError(f"expected a Trainer of {' or '.join(NAMES)}, got {type(trainer).__module__}.{type(trainer).__qualname__}")
+    raise TypeError(
+        f"expected a Trainer of {' or '.join(NAMES)}, got {type(trainer).__module__}.{type(trainer).__qualname__}"
+    )
 
 
 _KINDS = {
