@@ -1,4 +1,4 @@
-"""Train the same LightningModule in less memory: callbacks, strategies and precision plugins that need no edit of it."""
+"""Train the same LightningModule in less memory, with callbacks and strategies that need no edit of it."""
 
 from __future__ import annotations
 

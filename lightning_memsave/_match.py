@@ -15,7 +15,7 @@ __all__ = ["Patterns", "as_patterns", "match_modules", "matches"]
 Patterns = str | Sequence[str]
 
 
-def as_patterns(modules: Patterns, *, subject: str) -> tuple[str, ...]:
+def as_patterns(modules: object, *, subject: str) -> tuple[str, ...]:
     """Return the patterns of a ``modules`` argument as a tuple.
 
     Args:
@@ -30,8 +30,9 @@ def as_patterns(modules: Patterns, *, subject: str) -> tuple[str, ...]:
         ('*.mlp',)
 
     """
-    patterns = (modules,) if isinstance(modules, str) else tuple(modules)
-    if not patterns or not all(isinstance(p, str) and p for p in patterns):
+    given = [modules] if isinstance(modules, str) else list(modules) if isinstance(modules, (Sequence, set)) else []
+    patterns = tuple(p for p in given if isinstance(p, str) and p)
+    if not patterns or len(patterns) != len(given):
         raise ConfigurationError(
             f"{subject}: modules={modules!r} selects nothing. "
             'Write "auto", a glob over module names ("net.blocks.*") or a class name ("LlamaDecoderLayer").'
@@ -76,5 +77,6 @@ def _no_match(subject: str, pattern: str, named: list[tuple[str, nn.Module]]) ->
     found = ", ".join(repr(n) for n in near) if near else "none: the module has no submodules"
     return (
         f"{subject}: modules={pattern!r} matched none of the {len(named)} submodules. "
-        f'Nearest names and classes: {found}. Write a glob over qualified names ("net.blocks.*"), a class name, or "auto".'
+        f'Nearest names and classes: {found}. Write a glob over qualified names ("net.blocks.*"), '
+        'a class name, or "auto".'
     )

@@ -45,7 +45,7 @@ def apply(module: nn.Module, callbacks: Sequence[Any]) -> AppliedTransforms:
     others = [type(c).__name__ for c in callbacks if not isinstance(c, ModelTransform)]
     if others:
         raise ConfigurationError(
-            f"apply: {', '.join(others)} works on a Trainer's loop, not on a model, so it cannot be applied without one. "
+            f"apply: {', '.join(others)} works on a Trainer's loop, not on a model, so it needs one. "
             "Pass it to Trainer(callbacks=...)."
         )
     check_methods({type(c).__name__: c for c in callbacks}, "single")

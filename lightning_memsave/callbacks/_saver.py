@@ -38,12 +38,14 @@ class Saver(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take back what does not outlive the run."""
-        session = Session.find(trainer)
-        if session is not None:
-            session.close()
+        _end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take back what changes the model's behaviour; a checkpoint can still be written."""
-        session = Session.find(trainer)
-        if session is not None:
-            session.interrupt()
+        _end(trainer)
+
+
+def _end(trainer: Trainer) -> None:
+    session = Session.find(trainer)
+    if session is not None:
+        session.end()

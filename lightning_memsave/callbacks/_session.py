@@ -21,9 +21,10 @@ from lightning_memsave.units import format_bytes
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Session", "hook_instance"]
+__all__ = ["CHECKPOINT", "Session", "describe", "hook_instance", "logger"]
 
 _ATTRIBUTE = "_memsave"
+CHECKPOINT = "checkpoint"  # key of the shared checkpoint filter
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step", "backward")
 
 logger = logging.getLogger("lightning_memsave")
@@ -93,16 +94,16 @@ class Session:
         self.trainer = trainer
         self.methods: dict[str, Any] = {}
         self.lines: list[tuple[str, str]] = []
-        self.interrupted = False
+        self.ended = False
         self._shared: dict[str, Closable] = {}
         self._armed: list[Callable[[], None]] = []
 
     # -- life -----------------------------------------------------------------------------------------------------
     @classmethod
     def of(cls, trainer: Trainer) -> Session:
-        """Return the Trainer's open session, starting one if there is none (or the last run was interrupted)."""
+        """Return the Trainer's session of this run, starting one if there is none or the last run has ended."""
         session = trainer.__dict__.get(_ATTRIBUTE)
-        if session is not None and session.interrupted:
+        if session is not None and session.ended:
             session.close()
             session = None
         if session is None:
@@ -111,21 +112,23 @@ class Session:
 
     @classmethod
     def find(cls, trainer: Trainer) -> Session | None:
-        """Return the Trainer's session, or ``None`` if no saver is active."""
-        return trainer.__dict__.get(_ATTRIBUTE)
+        """Return the Trainer's session of this run, or ``None`` if no saver is active."""
+        session: Session | None = trainer.__dict__.get(_ATTRIBUTE)
+        return session if session is not None and not session.ended else None
 
-    def interrupt(self) -> None:
-        """Take back what changes the model's behaviour after an exception; checkpoints can still be written.
+    def end(self) -> None:
+        """Take back what does not outlive the run, after ``teardown`` or an exception.
 
-        Checkpoint filters stay until the next run, since callbacks that save on exceptions come after ours.
+        The checkpoint filter stays until the next run: ``trainer.save_checkpoint(...)`` after ``fit``, and callbacks
+        that save on an exception, come after ours.
         """
-        self.interrupted = True
-        for key in [k for k in self._shared if k != "checkpoint"]:
+        self.ended = True
+        for key in [k for k in reversed(self._shared) if k != CHECKPOINT]:
             self._shared.pop(key).close()
         self._disarm()
 
     def close(self) -> None:
-        """Take back everything that does not outlive the run; a second call does nothing."""
+        """Take back everything, checkpoint filters too; a second call does nothing."""
         while self._shared:
             self._shared.popitem()[1].close()
         self._disarm()
@@ -160,7 +163,7 @@ class Session:
             self.report(transform.name, "asked for twice with the same settings; applied once")
 
     def add_context(self, name: str, factory: Callable[[str], AbstractContextManager[Any]]) -> None:
-        """Enter ``factory(phase)`` around every step; phase is ``training_step``, ``backward``, ``validation_step`` ..."""
+        """Enter ``factory(phase)`` around every step; a phase is ``training_step``, ``backward``, ``test_step`` ..."""
         self.shared("contexts", lambda: _StepContexts(self.trainer.strategy)).factories[name] = factory
 
     def on_optimizers(self, module: LightningModule, convert: Callable[[Any], Any]) -> None:

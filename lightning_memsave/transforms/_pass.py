@@ -151,8 +151,8 @@ class TransformPass:
                 return False
             if not transform.repeatable:
                 raise ConfigurationError(
-                    f"{transform.name}: asked for twice with different settings: {other.config} and {transform.config}. "
-                    "Keep one of them."
+                    f"{transform.name}: asked for twice with different settings, {other.config} and "
+                    f"{transform.config}. Keep one of them."
                 )
         self._transforms.append(transform)
         return True
@@ -185,7 +185,7 @@ def _carried(module: nn.Module, transform: Transform) -> bool:
     configs = [entry["config"] for entry in entries if entry["name"] == transform.name]
     if configs and transform.config not in configs and not transform.repeatable:
         raise ConfigurationError(
-            f"{transform.name}: the module already carries {configs[0]} from an earlier run, and {transform.config} was "
-            "asked for. Use the earlier settings, or start from a fresh module."
+            f"{transform.name}: the module already carries {configs[0]} from an earlier run, and {transform.config} "
+            "was asked for. Use the earlier settings, or start from a fresh module."
         )
     return transform.config in configs
