@@ -1,0 +1,86 @@
+"""How each method of the catalog is asked for in the contract, and what is expected of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import lightning_memsave
+from lightning_memsave import Applied, ModelTransform, Stage
+from lightning_memsave.planner.catalog import CATALOG, method
+from torch import nn
+
+from .kinds import KINDS
+
+METHODS = tuple(row.name for row in CATALOG)
+EXACT = tuple(row.name for row in CATALOG if row.numerics == "exact")
+OTHERS = tuple(name for name in METHODS if name not in EXACT)
+ADAPTERS = ("LoRA", "QLoRA")
+
+# (method, kind) -> what the refusal must say
+REFUSED: dict[tuple[str, str], str] = {
+    ("LowMemoryOptimizer", "line_search"): "LBFGS",
+}
+
+
+def make(name: str, kind: str) -> Any:
+    """Return a method as the contract asks for it on a kind of module."""
+    arguments = dict(method(name).init_args)
+    if name == "ActivationCheckpointing":
+        arguments["modules"] = list(KINDS[kind].blocks)
+    return getattr(lightning_memsave, name)(**arguments)
+
+
+def exact_set(kind: str) -> list[Any]:
+    """Return every exact method at once."""
+    return [make(name, kind) for name in EXACT]
+
+
+class Counted(ModelTransform):
+    """A user's own transform: counts the calls of the blocks it is given and how often it was applied."""
+
+    stage = Stage.KERNEL
+    applied: ClassVar[list[str]] = []
+    called: ClassVar[list[str]] = []
+
+    def __init__(self, modules: Sequence[str] = ("*",), name: str = "") -> None:
+        self.modules, self.name = modules, name
+
+    def apply(self, module: nn.Module) -> Applied:
+        from lightning_memsave._match import match_modules
+
+        found = match_modules(module, tuple(self.modules), subject="Counted")
+        hooks = [block.register_forward_pre_hook(_note_call) for _, block in found]
+        Counted.applied.append(self.name)
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return Applied(summary=f"count {len(found)} modules", num_modules=len(found), undo=undo)
+
+
+def _note_call(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    Counted.called.append(type(module).__name__)
+
+
+class Early(Counted):
+    """The same, one stage earlier than the others."""
+
+    stage = Stage.KERNEL - 5
+
+
+class Late(Counted):
+    """The same, after checkpointing."""
+
+    stage = Stage.OFFLOAD
+
+
+class Persistent(Counted):
+    """A change that outlives the run, as adapters do."""
+
+    stage = Stage.ADAPT
+
+    def apply(self, module: nn.Module) -> Applied:
+        applied = super().apply(module)
+        return Applied(summary=applied.summary, num_modules=1, undo=applied.undo, persistent=True)

@@ -1,0 +1,73 @@
+"""Every method on every kind of module: equal results where it promises them, training or a clear refusal elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning_memsave.errors import MemsaveError
+from lightning_memsave.planner.catalog import CATALOG
+
+from .harness import NAMESPACES, assert_equal, fit, outcome, plain, run
+from .kinds import KINDS, Task
+from .methods import EXACT, METHODS, OTHERS, REFUSED, exact_set, make
+
+# AdamW in another implementation, on parameters whose state stays 32 bit (fewer than 4096 values).
+# Worst relative difference of a loss seen over these kinds: see the assertion's message.
+ADAM_TOLERANCE = 2e-4
+ADAM_KINDS = tuple(kind for kind, row in KINDS.items() if row.task.configure_optimizers is Task.configure_optimizers)
+
+
+def test_every_method_of_the_catalog_has_a_row() -> None:
+    assert set(METHODS) == {row.name for row in CATALOG}
+    assert {kind for _, kind in REFUSED} <= set(KINDS)
+    assert len(EXACT) + len(OTHERS) == len(METHODS)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plain_run_repeats_bit_by_bit(kind: str, namespace: str) -> None:
+    # the ground everything else stands on; both namespaces train alike
+    first = plain(kind, namespace)
+    assert_equal(run(kind, namespace=namespace), first)
+    assert first.losses == plain(kind).losses
+    assert all(math.isfinite(loss) for loss in first.losses)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", EXACT)
+def test_an_exact_method_changes_no_bit_and_leaves_nothing(name: str, kind: str, namespace: str) -> None:
+    assert_equal(run(kind, [make(name, kind)], namespace=namespace), plain(kind, namespace))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_exact_methods_together_change_no_bit(kind: str, namespace: str) -> None:
+    assert_equal(run(kind, exact_set(kind), namespace=namespace), plain(kind, namespace))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_method_trains_or_refuses_by_name(name: str, kind: str) -> None:
+    refusal = REFUSED.get((name, kind))
+    if refusal is not None:
+        with pytest.raises(MemsaveError, match=refusal):
+            run(kind, [make(name, kind)])
+        return
+    module, trainer = fit(kind, [make(name, kind)])
+    assert all(math.isfinite(loss) for loss in module.losses)
+    assert len(module.losses) == len(plain(kind).losses)
+    assert trainer.global_step == plain(kind).global_step
+    trained = [n for n, p in module.named_parameters() if p.requires_grad]
+    assert trained, f"{name} left nothing to train in {kind}"
+
+
+@pytest.mark.parametrize("kind", ADAM_KINDS)
+def test_an_8bit_optimizer_of_small_tensors_is_the_users_adamw(kind: str) -> None:
+    # tensors below 4096 values keep 32-bit state, so the swap must not change the result beyond rounding
+    found = outcome(*fit(kind, [make("LowMemoryOptimizer", kind)]))
+    torch.testing.assert_close(
+        torch.tensor(found.losses), torch.tensor(plain(kind).losses), rtol=ADAM_TOLERANCE, atol=ADAM_TOLERANCE
+    )
