@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -65,7 +66,19 @@ def no_leaks(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         leaks.append("disabled gradients")
         torch.set_grad_enabled(True)
     assert not leaks, f"the test left behind: {', '.join(leaks)}"
+    _collect()
+
+
+_frozen_modules = 0
+
+
+def _collect() -> None:
+    """Free the test's cycles. Imported code is frozen out of the collector: 0.01 s a test instead of 0.25 s."""
+    global _frozen_modules
     gc.collect()
+    if len(sys.modules) > _frozen_modules + 50:
+        _frozen_modules = len(sys.modules)
+        gc.freeze()
 
 
 def _rank_main(
