@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ class Outcome:
 def trainer_for(kind: str, callbacks: Sequence[Any], namespace: str = NAMESPACES[0], **arguments: Any) -> Any:
     """Return a quiet Trainer of a namespace with what the kind asks for."""
     defaults = {"max_epochs": NUM_EPOCHS, **KINDS[kind].trainer}
-    return make_trainer(
-        importlib.import_module(namespace), **{**defaults, "callbacks": list(callbacks), **arguments}
-    )
+    return make_trainer(importlib.import_module(namespace), **{**defaults, "callbacks": list(callbacks), **arguments})
 
 
 def fit(
@@ -70,7 +68,7 @@ def run(kind: str, callbacks: Sequence[Any] = (), **arguments: Any) -> Outcome:
     return outcome(*fit(kind, callbacks, **arguments))
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(kind: str, namespace: str = NAMESPACES[0], place: str = "init") -> Outcome:
     """Return the run without any saver."""
     return run(kind, namespace=namespace, place=place)

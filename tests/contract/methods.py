@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from torch import nn
+
 import lightning_memsave
 from lightning_memsave import Applied, ModelTransform, Stage
 from lightning_memsave.planner.catalog import CATALOG, method
-from torch import nn
 
 from .kinds import KINDS
 

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+
 from lightning_memsave.errors import MemsaveError
 from lightning_memsave.planner.catalog import CATALOG
 
 from .harness import NAMESPACES, assert_equal, fit, outcome, plain, run
-from .kinds import KINDS, Task
+from .kinds import KINDS
 from .methods import EXACT, METHODS, OTHERS, REFUSED, exact_set, make
+from .tasks import Task
 
 # AdamW in another implementation, on parameters whose state stays 32 bit (fewer than 4096 values).
 # Worst relative difference of a loss seen over these kinds: see the assertion's message.

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_memsave import apply
 from torch import nn
+
+from lightning_memsave import apply
 
 from .harness import NAMESPACES, Outcome, assert_equal, assert_same_state, fit, outcome, plain, run, traces, trainer_for
 from .kinds import KINDS, PLACES, build

@@ -1,0 +1,112 @@
+"""Two processes: the same callbacks under ddp, ddp_spawn and a module that shards itself with FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import LitLM, make_loader, make_trainer
+from torch import Tensor
+
+from .batches import loader
+from .harness import assert_same_state, trainer_for
+from .kinds import KINDS, build
+from .methods import EXACT, OTHERS, make
+
+Results = dict[str, tuple[list[float], dict[str, Tensor]]]
+
+
+def _half(batch: Any, rank: int) -> Any:
+    return {k: v[rank::2] for k, v in batch.items()} if isinstance(batch, dict) else batch[rank::2]
+
+
+def _train_ddp(rank: int, kind: str, names: list[tuple[str, ...]]) -> Results:
+    """Train on this rank's half of each batch, once per list of methods."""
+    results = {}
+    for chosen in names:
+        module = build(kind)
+        trainer = trainer_for(
+            kind, [make(name, kind) for name in chosen], strategy="ddp", devices=2, use_distributed_sampler=False
+        )
+        torch.manual_seed(1)
+        trainer.fit(module, loader([_half(batch, rank) for batch in KINDS[kind].batches()]))
+        state = {k: v.detach().clone() for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+        results["+".join(chosen)] = (module.losses, state)
+    return results
+
+
+@pytest.mark.parametrize("kind", ["dropout", "hf_bert"])
+def test_ddp_with_an_exact_method_equals_ddp_without(kind: str, ranks: Callable[..., list[Results]]) -> None:
+    names = [(), *((name,) for name in EXACT), EXACT]
+    for results in ranks(_train_ddp, kind, names):
+        plain_losses, plain_state = results[""]
+        for chosen in names[1:]:
+            losses, state = results["+".join(chosen)]
+            assert losses == plain_losses, chosen
+            assert_same_state(state, plain_state)
+
+
+def test_ddp_with_the_other_methods_keeps_the_ranks_equal(ranks: Callable[..., list[Results]]) -> None:
+    names = [(name,) for name in OTHERS] + [("QLoRA", *EXACT, "LowMemoryOptimizer")]
+    first, second = ranks(_train_ddp, "hf_llama", names)
+    for key, (losses, state) in first.items():
+        other_losses, other_state = second[key]
+        assert losses != other_losses, "each rank has data of its own"
+        assert_same_state(state, other_state)
+
+
+class ShardedLM(LitLM):
+    """A module that shards itself, as ``ModelParallelStrategy`` asks its users to."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        if hasattr(self, "net"):
+            return
+        self._build()
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+def _train_fsdp2(rank: int) -> list[tuple[list[float], dict[str, Tensor]]]:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.tensor import DTensor
+
+    results = []
+    for callbacks in ([], [make(name, "language") for name in EXACT]):
+        module = ShardedLM(build_in="configure_model", width=32)
+        trainer = make_trainer(
+            pl,
+            strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+            devices=2,
+            max_epochs=2,
+            callbacks=callbacks,
+        )
+        torch.manual_seed(1)
+        trainer.fit(module, make_loader())
+        assert all(isinstance(p, DTensor) for p in module.net.blocks.parameters())
+        results.append((module.losses, {k: v.full_tensor() for k, v in module.state_dict().items()}))
+    return results
+
+
+def test_exact_methods_on_a_module_that_shards_itself(ranks: Callable[..., list[Any]]) -> None:
+    for plain, saved in ranks(_train_fsdp2):
+        assert saved[0] == plain[0]
+        assert_same_state(saved[1], plain[1])
+
+
+@pytest.mark.slow
+def test_ddp_spawn_pickles_the_callbacks_and_brings_the_weights_back() -> None:
+    def train(callbacks: list[Any]) -> LitLM:
+        module = LitLM(width=32)
+        torch.manual_seed(1)
+        make_trainer(pl, strategy="ddp_spawn", devices=2, callbacks=callbacks).fit(module, make_loader(batch_size=4))
+        return module
+
+    callbacks = [make(name, "language") for name in EXACT]
+    assert_same_state(train(callbacks).state_dict(), train([]).state_dict())

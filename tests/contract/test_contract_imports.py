@@ -1,0 +1,107 @@
+"""The package needs torch and Lightning: optional libraries may be old, broken or absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+BLOCK = """
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {blocked!r}:
+                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+    sys.meta_path.insert(0, Blocked())
+"""
+OPTIONAL = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "gguf",
+    "jsonargparse",
+    "matplotlib",
+    "peft",
+    "psutil",
+    "safetensors",
+    "transformers",
+)
+
+
+def _python(code: str, blocked: tuple[str, ...]) -> None:
+    source = textwrap.dedent(BLOCK).format(blocked=set(blocked)) + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_imports_without_optional_libraries() -> None:
+    _python(
+        """
+        import lightning_memsave
+        for name in lightning_memsave.__all__:
+            if name != "PeakMemory":
+                getattr(lightning_memsave, name)
+        """,
+        OPTIONAL,
+    )
+
+
+def test_torchmetrics_is_ours_to_need_only_for_peak_memory() -> None:
+    # Lightning imports torchmetrics itself, of any version; after that, nothing of ours may ask for it.
+    _python(
+        """
+        sys.meta_path.pop(0)
+        import lightning.pytorch, pytorch_lightning
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchmetrics"]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, Blocked())
+        import lightning_memsave
+        for name in lightning_memsave.__all__:
+            if name != "PeakMemory":
+                getattr(lightning_memsave, name)
+        """,
+        ("torchmetrics",),
+    )
+
+
+@pytest.mark.parametrize(("only", "other"), [("lightning", "pytorch_lightning"), ("pytorch_lightning", "lightning")])
+def test_one_namespace_alone_is_enough(only: str, other: str) -> None:
+    # `lightning` brings `pytorch_lightning` along only as a separate distribution; either may be missing
+    module = "lightning.pytorch" if only == "lightning" else only
+    _python(
+        f"""
+        import torch
+        import {module} as pl
+        from lightning_memsave import Applied, ModelTransform, Stage
+
+        class Halve(ModelTransform):
+            stage = Stage.KERNEL
+            def apply(self, module):
+                with torch.no_grad():
+                    module.layer.weight.mul_(0.5)
+                return Applied(summary="halved", num_modules=1)
+
+        class Module(pl.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(1, 1)
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).mean()
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        module = Module()
+        before = module.layer.weight.item()
+        pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, callbacks=[Halve()],
+                   enable_progress_bar=False, enable_model_summary=False,
+                   ).fit(module, torch.utils.data.DataLoader(torch.ones(2, 1)))
+        assert module.layer.weight.item() == before / 2
+        assert not any(n.split(".")[0] == {other!r} for n in sys.modules)
+        """,
+        (other,),
+    )
