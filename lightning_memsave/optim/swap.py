@@ -1,0 +1,278 @@
+"""Replace the optimizers that a ``configure_optimizers`` returned, in any of its forms.
+
+The returned structure is kept as it is; optimizers in it are exchanged and everything that points to an old one
+(schedulers, schedulers inside schedulers, attributes of the module) is pointed to the new one.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_memsave._match import Patterns, as_patterns, match_modules
+from lightning_memsave.errors import ConfigurationError, NothingToTransformError, raise_problems
+from lightning_memsave.optim._bitsandbytes import MIN_PAGED_ELEMENTS
+from lightning_memsave.optim._refusals import refusals
+from lightning_memsave.optim.registry import OptimizerRow, family_of, group_options
+from lightning_memsave.optim.state_bytes import predicted_state_bytes, trainable_parameters
+
+__all__ = ["Swapped", "parameters_kept_32bit", "swap_optimizers"]
+
+SUBJECT = "LowMemoryOptimizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swapped:
+    """One exchange.
+
+    Args:
+        old: What ``configure_optimizers`` made.
+        new: What trains.
+        state_bytes_before: State of ``old`` once every parameter has stepped; ``None`` where its class is not known.
+        state_bytes_after: The same of ``new``.
+        notes: What the user should know: another update rule, an option without effect.
+
+    """
+
+    old: Optimizer
+    new: Optimizer
+    state_bytes_before: int | None
+    state_bytes_after: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Swap:
+    """One run over a returned structure."""
+
+    row: OptimizerRow
+    options: Mapping[str, Any]
+    keep_32bit: Collection[int]
+    done: dict[int, Swapped] = field(default_factory=dict)
+
+    def exchange(self, value: Any) -> Any:
+        """Return ``value`` with every optimizer in it replaced; containers keep their type and order."""
+        if isinstance(value, Optimizer):
+            if id(value) not in self.done:
+                self.done[id(value)] = swap_one(value, self.row, self.options, self.keep_32bit)
+            return self.done[id(value)].new
+        if isinstance(value, dict):
+            return {key: self.exchange(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+            return type(value)(self.exchange(item) for item in value)
+        return value
+
+    def rebind(self, value: Any, seen: set[int]) -> None:
+        """Point everything reachable from a scheduler to the new optimizers."""
+        if id(value) in seen or isinstance(value, (Optimizer, Tensor, nn.Module, str, bytes, int, float, type)):
+            return
+        seen.add(id(value))
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if id(item) in self.done and isinstance(item, Optimizer):
+                    value[key] = self.done[id(item)].new
+                else:
+                    self.rebind(item, seen)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                if isinstance(value, list) and id(item) in self.done and isinstance(item, Optimizer):
+                    value[index] = self.done[id(item)].new
+                else:
+                    self.rebind(item, seen)
+        elif hasattr(value, "step") and hasattr(value, "__dict__"):  # a scheduler, whatever its class
+            self.rebind(value.__dict__, seen)
+
+
+def swap_optimizers(
+    configured: Any,
+    module: nn.Module,
+    row: OptimizerRow,
+    *,
+    options: Mapping[str, Any],
+    keep_32bit: Patterns,
+) -> tuple[Any, list[Swapped]]:
+    """Exchange every optimizer in what ``configure_optimizers`` returned; schedulers are changed in place.
+
+    Args:
+        configured: Any of the forms Lightning takes.
+        module: Owns the parameters; its attributes that hold an old optimizer are pointed to the new one.
+        row: What to build.
+        options: Options for ``row``, already validated.
+        keep_32bit: ``"auto"`` (embeddings and norms), patterns over modules, or nothing.
+
+    Returns:
+        The same structure with the new optimizers, and one entry an optimizer.
+
+    Raises:
+        ConfigurationError: If there is no optimizer, or one that cannot be replaced without changing what it does.
+        NothingToTransformError: If a pattern of ``keep_32bit`` matches no module.
+
+    """
+    run = _Swap(row, options, parameters_kept_32bit(module, keep_32bit))
+    replaced = run.exchange(configured)
+    if not run.done:
+        raise ConfigurationError(
+            f"{SUBJECT}: configure_optimizers returned {type(configured).__name__} with no torch.optim.Optimizer in "
+            "it. Return one, e.g. torch.optim.AdamW(self.parameters(), lr=1e-4)."
+        )
+    run.rebind(replaced, set())
+    owned = {
+        k: v for k, v in module.__dict__.items() if not k.startswith("_") and isinstance(v, (Optimizer, list, dict))
+    }
+    for name, value in owned.items():
+        if id(value) in run.done and isinstance(value, Optimizer):
+            setattr(module, name, run.done[id(value)].new)
+        elif not isinstance(value, Optimizer):
+            run.rebind(value, set())
+    return replaced, list(run.done.values())
+
+
+def parameters_kept_32bit(module: nn.Module, keep_32bit: Patterns) -> set[int]:
+    """Return the ids of the parameters whose state stays fp32.
+
+    Args:
+        module: Searched with all its submodules; a parameter shared with a matched module is kept as well.
+        keep_32bit: ``"auto"``: embeddings and everything called a norm; else patterns over modules.
+
+    """
+    if keep_32bit == "auto":
+        owners = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or _is_norm(m)]
+        return {id(p) for owner in owners for p in owner.parameters(recurse=False)}
+    if not keep_32bit:
+        return set()
+    patterns = as_patterns(keep_32bit, subject=SUBJECT)
+    try:
+        matched = match_modules(module, patterns, subject=SUBJECT)
+    except NothingToTransformError as error:
+        raise NothingToTransformError(str(error).replace("modules=", "keep_32bit=")) from None
+    return {id(p) for _, owner in matched for p in owner.parameters()}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return any("norm" in cls.__name__.lower() for cls in type(module).__mro__ if cls is not nn.Module)
+
+
+def swap_one(old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]) -> Swapped:
+    """Build the new optimizer with the groups of the old one."""
+    if type(old).__name__ == row.title:
+        return Swapped(
+            old=old,
+            new=old,
+            state_bytes_before=None,
+            state_bytes_after=_state_bytes(old, row, options, keep_32bit),
+            notes=(f"configure_optimizers already made {row.title}; left as it is",),
+        )
+    raise_problems(SUBJECT, refusals(old, row))
+    same_rule = family_of(old) == row.family
+    groups = [_group(group, old, row, options, same_rule) for group in old.param_groups]
+    new = row.build(groups, options, keep_32bit)
+    _move_hooks(old, new)
+    return Swapped(
+        old=old,
+        new=new,
+        state_bytes_before=predicted_state_bytes(old),
+        state_bytes_after=_state_bytes(new, row, options, keep_32bit),
+        notes=(*_rule_notes(old, row, same_rule), *_size_notes(new, row, options, keep_32bit)),
+    )
+
+
+def _group(
+    group: Mapping[str, Any], old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], same_rule: bool
+) -> dict[str, Any]:
+    """Keep the parameters, what means the same, and everything the old optimizer did not define itself.
+
+    ``betas`` and ``momentum`` stay in the group even where the new optimizer does not read them: schedulers that
+    cycle them do.
+    """
+    kept = {"params", "lr", "weight_decay", *(row.shared if same_rule else ())}
+    copied = {key: value for key, value in group.items() if key in kept or key not in old.defaults}
+    if row.family == "adafactor" and not same_rule:
+        copied |= {key: group[key] for key in ("betas",) if key in group}
+    copied |= {key: group[key] for key in ("momentum",) if key in group}
+    if row.maximizes:
+        copied["maximize"] = group.get("maximize", False)
+    copied |= group_options(options)
+    copied["params"] = list(group["params"])
+    return copied
+
+
+def _move_hooks(old: Optimizer, new: Optimizer) -> None:
+    """Give the step hooks a user put on the old optimizer to the new one, and count steps for its schedulers."""
+    for hook in getattr(old, "_optimizer_step_pre_hooks", {}).values():
+        new.register_step_pre_hook(hook)
+    for hook in getattr(old, "_optimizer_step_post_hooks", {}).values():
+        new.register_step_post_hook(hook)
+    if hasattr(old.step, "_wrapped_by_lr_sched"):
+        _mark_step(new)
+
+
+def _mark_step(optimizer: Optimizer) -> None:
+    """Do what a scheduler's constructor does to an optimizer: without it the first scheduler step warns."""
+    function = type(optimizer).step
+
+    @functools.wraps(function)
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        self._opt_called = True  # type: ignore[attr-defined]
+        return function(self, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+# -- what to tell the user --------------------------------------------------------------------------------------------
+def _state_bytes(
+    optimizer: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
+) -> int:
+    parameters = trainable_parameters(optimizer)
+    tables = row.shared_bytes if any(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters) else 0
+    return tables + sum(row.state_bytes(p, id(p) in keep_32bit, options) for p in parameters)
+
+
+def _rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
+    notes = []
+    if not same_rule:
+        notes.append(f"another update rule than {type(old).__name__}")
+        if row.family == "lion":
+            notes.append("Lion wants a learning rate 3 to 10 times smaller than AdamW's; it was kept")
+        if row.family == "adafactor":
+            notes.append(
+                "Adafactor scales each step by the size of the weights and wants a larger learning rate (1e-3 to 1e-2); it "
+                "was kept"
+            )
+    decays = any(group.get("weight_decay") for group in old.param_groups)
+    coupled = type(old).__name__ != "AdamW" and not any(g.get("decoupled_weight_decay") for g in old.param_groups)
+    if decays and coupled and family_of(old) in ("adam", "other"):
+        notes.append(
+            f"weight_decay shrinks the weights directly now, no longer through the gradient as in {type(old).__name__}"
+        )
+    return notes
+
+
+def _size_notes(
+    new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
+) -> list[str]:
+    parameters = trainable_parameters(new)
+    notes = []
+    if row.bits == 8:
+        narrow = sum(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters)
+        if narrow == 0:
+            notes.append(
+                f"no effect: 0 of {len(parameters)} trainable tensors get 8-bit state (small, embedding or norm)"
+            )
+        else:
+            notes.append(f"8-bit state for {narrow} of {len(parameters)} trainable tensors")
+    if row.paged:
+        large = sum(p.numel() >= MIN_PAGED_ELEMENTS for p in parameters)
+        if all(p.device.type == "cpu" for p in parameters):
+            notes.append("paging has no effect on the CPU")
+        else:
+            notes.append(
+                f"{large} of {len(parameters)} trainable tensors are large enough to be paged (>= 1e5 elements)"
+            )
+    return notes
