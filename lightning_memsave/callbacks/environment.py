@@ -1,7 +1,7 @@
 """Opt-in attach: ``LIGHTNING_MEMSAVE=qlora python train.py`` adds savers to a project whose code cannot be touched.
 
-Lightning calls these functions at every Trainer (and Fabric) that is made in an environment where this package is
-installed, so they must cost nothing and return nothing without the variable.
+Lightning calls these functions for every Trainer (and Fabric) that is made where this package is installed, so
+without the variable they cost nothing, import nothing and return nothing.
 """
 
 from __future__ import annotations
@@ -9,18 +9,26 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["callbacks_from_environment", "fabric_callbacks_from_environment"]
+__all__ = ["VARIABLE", "callbacks_from_environment", "fabric_callbacks_from_environment"]
 
 VARIABLE = "LIGHTNING_MEMSAVE"
 
 
 def callbacks_from_environment() -> list[Any]:
     """Return the callbacks that ``LIGHTNING_MEMSAVE`` names, or ``[]`` without it."""
-    if not os.environ.get(VARIABLE):
+    value = os.environ.get(VARIABLE, "").strip()
+    if not value:
         return []
-    raise NotImplementedError
+    from lightning_memsave.callbacks._environment import trainer_callbacks
+
+    return trainer_callbacks(value)
 
 
 def fabric_callbacks_from_environment() -> list[Any]:
-    """Return the callbacks that ``LIGHTNING_MEMSAVE`` names for Fabric, or ``[]`` without it."""
-    return callbacks_from_environment()
+    """Return the callback that attaches ``LIGHTNING_MEMSAVE``'s methods to a Fabric, or ``[]`` without it."""
+    value = os.environ.get(VARIABLE, "").strip()
+    if not value:
+        return []
+    from lightning_memsave.callbacks._environment import fabric_callbacks
+
+    return fabric_callbacks(value)

@@ -62,7 +62,7 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="WeightQuantization",
         group="weights",
-        saves="frozen linear weights: 4.127 bits (nf4/fp4, double quantization), 4.5 bits (without) or 8 bits (int8) a value",
+        saves="frozen linear weights: 4.127 bits a value (nf4/fp4 with double quantization), 4.5 without, 8 (int8)",
         costs="dequantization in every forward and backward of a quantized layer",
         numerics="bounded",
         use_when="the weights are frozen and do not fit",
@@ -103,7 +103,7 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="LowMemoryOptimizer",
         group="optimizer",
-        saves="AdamW state from 8 to about 2 bytes a parameter (adamw_8bit), 1 (lion_8bit), 4 (lion), near 0 (adafactor)",
+        saves="state bytes a parameter: AdamW 8, adamw_8bit about 2, lion 4, lion_8bit about 1, adafactor near 0",
         costs="quantization of the state in each step; another update rule where the name says so",
         numerics="statistical",
         use_when="full-parameter training: optimizer state is the largest part",

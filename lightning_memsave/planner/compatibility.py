@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_memsave.errors import IncompatibleMethodsError
 
-__all__ = ["METHOD_PAIRS", "METHOD_STRATEGIES", "STRATEGIES", "check_methods"]
+__all__ = ["METHOD_PAIRS", "METHOD_STRATEGIES", "STRATEGIES", "check_methods", "pair_problem", "partners_refused"]
 
 STRATEGIES = ("single", "ddp", "ddp_spawn", "fsdp1", "fsdp2", "deepspeed")
 
@@ -25,6 +25,28 @@ METHOD_PAIRS: dict[frozenset[str], str] = {
 
 # (method, strategy) -> why it is refused and what to write instead
 METHOD_STRATEGIES: dict[tuple[str, str], str] = {}
+
+
+def pair_problem(first: str, second: str) -> str | None:
+    """Return why two methods cannot run together, or ``None`` where they can.
+
+    Example:
+        >>> pair_problem("ActivationCheckpointing", "QLoRA") is None
+        True
+
+    """
+    return METHOD_PAIRS.get(frozenset({first, second}))
+
+
+def partners_refused(method: str) -> dict[str, str]:
+    """Return the methods that cannot run beside one, with the reason.
+
+    Example:
+        >>> list(partners_refused("WeightQuantization"))
+        ['QLoRA']
+
+    """
+    return {next(iter(pair - {method})): reason for pair, reason in METHOD_PAIRS.items() if method in pair}
 
 
 def check_methods(methods: Mapping[str, Any] | Iterable[str], strategy: str) -> None:
