@@ -157,7 +157,7 @@ def option_problems(row: OptimizerRow, options: Mapping[str, Any]) -> list[str]:
     for key in options:
         if key == "lr":
             problems.append(
-                "options={'lr': ...}: the learning rates stay those of configure_optimizers (its groups and schedulers); "
+                "options={'lr': ...}: the learning rates stay those of configure_optimizers and its schedulers; "
                 "change them there."
             )
         elif key not in row.options:

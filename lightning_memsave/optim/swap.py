@@ -242,8 +242,8 @@ def _rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]
             notes.append("Lion wants a learning rate 3 to 10 times smaller than AdamW's; it was kept")
         if row.family == "adafactor":
             notes.append(
-                "Adafactor scales each step by the size of the weights and wants a larger learning rate (1e-3 to 1e-2); it "
-                "was kept"
+                "Adafactor scales each step by the size of the weights and wants a larger learning rate "
+                "(1e-3 to 1e-2); it was kept"
             )
     decays = any(group.get("weight_decay") for group in old.param_groups)
     coupled = type(old).__name__ != "AdamW" and not any(g.get("decoupled_weight_decay") for g in old.param_groups)
