@@ -176,6 +176,10 @@ class Session:
             self._shared[key] = factory()
         return self._shared[key]  # type: ignore[return-value]
 
+    def find_shared(self, key: str) -> Closable | None:
+        """Return the object of that key if somebody made it."""
+        return self._shared.get(key)
+
     def report(self, name: str, line: str, *, warning: bool = False) -> None:
         """Say one line on rank zero (``[memsave] name: line``) and keep it for the audit."""
         self.lines.append((name, line))

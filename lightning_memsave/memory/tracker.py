@@ -1,0 +1,453 @@
+"""Follow every storage of a training step: category, module and the true peak, on any device."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_memsave.errors import ConfigurationError
+from lightning_memsave.memory._reach import is_wrapper, storages, tensors_in
+from lightning_memsave.memory.ledger import (
+    FROZEN_WEIGHTS,
+    GRADIENTS,
+    INPUTS,
+    OPTIMIZER_MODULE,
+    OPTIMIZER_STATE,
+    OTHER,
+    PHASES,
+    WEIGHTS,
+    Block,
+    Log,
+    Measurement,
+    measure,
+)
+
+__all__ = ["MemoryTracker", "track_memory"]
+
+_FORWARD, _BACKWARD, _OPTIMIZER, _VALIDATION = range(len(PHASES))
+_ACCUMULATE = 1 << 63  # gradient accumulators carry the largest sequence number
+_LIFT = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default})
+
+_graph_task = torch._C._current_graph_task_id
+_sequence_number = torch._C._autograd._get_sequence_nr
+_resize_listeners: list[Callable[[torch.UntypedStorage], None]] = []
+
+
+class _Reference(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference to a storage that knows which block ends with it."""
+
+    __slots__ = ("key",)
+
+    key: int
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Follow the storages of one step; see ``track_memory``.
+
+    Enter it, run one step, leave it, then read ``measurement()``. Everything it installs is process-wide (module
+    hooks, optimizer hooks) or on parameters (gradient hooks) and is gone when it is left; no name and no class of
+    the model changes, so the model may be deep-copied meanwhile.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = (), inputs: Any = None) -> None:
+        super().__init__()
+        self.log = Log()
+        self._module = module
+        self._optimizers = tuple(optimizers)
+        self._inputs = inputs
+        self._blocks: dict[int, Block] = {}
+        self._names: dict[int, str] = {}  # id(module) -> qualified name
+        self._owners: dict[int, str] = {}  # id(parameter) -> qualified name of its module
+        self._installed = ExitStack()
+        self._phase = _FORWARD
+        self._pinned = False  # the phase holds whatever the autograd engine does
+        self._steps = 0  # optimizer steps we are inside of
+        self._task = -1  # the autograd engine's run
+        self._recomputing = False
+        self._stack: list[str] = []
+        self._stack_base = 0
+        self._boundaries: list[int] = []  # autograd sequence numbers at which the module changes
+        self._boundary_modules: list[str] = []
+        self._thread = 0
+        self._used = False
+
+    # -- life -----------------------------------------------------------------------------------------------------
+    def __enter__(self) -> MemoryTracker:
+        """Count what exists, install the hooks and start."""
+        if self._used:
+            raise ConfigurationError("MemoryTracker: one tracker follows one step; make a new one for the next step.")
+        self._used = True
+        self._thread = threading.get_ident()
+        try:
+            self._register_module()
+            for optimizer in self._optimizers:
+                self._claim_state(optimizer)
+            self.add_inputs(self._inputs)
+            self._inputs = None
+            self._install()
+            super().__enter__()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop and take every hook away."""
+        try:
+            super().__exit__(*exception)
+            self._claim_gradients(self._module.parameters())
+            for optimizer in self._optimizers:
+                self._claim_state(optimizer)
+            self.log.marks.append(len(self.log.events))
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._installed.close()
+        for block in self._blocks.values():
+            block.reference = None
+        self._blocks = {}
+
+    def _install(self) -> None:
+        keep = self._installed
+        keep.callback(nn_module.register_module_forward_pre_hook(self._enter_module).remove)
+        keep.callback(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
+        keep.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+        keep.callback(register_optimizer_step_post_hook(self._after_step).remove)
+        keep.enter_context(_resizes_seen_by(self._resized))
+        for parameter in self._module.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                keep.callback(parameter.register_post_accumulate_grad_hook(self._accumulated).remove)
+
+    # -- what the driver says -------------------------------------------------------------------------------------
+    def set_phase(self, phase: str) -> None:
+        """Say what the code outside of modules, backward and optimizer steps belongs to from now on.
+
+        Args:
+            phase: ``forward``, ``optimizer``, or ``validation``, which holds until the next call whatever runs.
+
+        """
+        self._phase = PHASES.index(phase)
+        self._pinned = self._phase == _VALIDATION
+        self._steps = 0
+
+    def add_inputs(self, batch: Any) -> None:
+        """Count the tensors of a batch as inputs; any structure or object that holds tensors."""
+        for tensor in tensors_in(batch):
+            self._claim(tensor, INPUTS, "")
+
+    def measurement(self, device: str | None = None) -> Measurement:
+        """Return the memory of the step that was followed.
+
+        Args:
+            device: Device type to count; ``None`` is the accelerator if the step used one.
+
+        """
+        return measure(self.log, device)
+
+    # -- memory that exists, and memory that gets its name ------------------------------------------------------------
+    def _register_module(self) -> None:
+        held = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        for name, module in self._module.named_modules():
+            self._names[id(module)] = name
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in self._owners:
+                    self._owners[id(parameter)] = name
+                    trained = parameter.requires_grad or id(parameter) in held
+                    self._claim(parameter, WEIGHTS if trained else FROZEN_WEIGHTS, name)
+                    for tensor in tensors_in(list(parameter.__dict__.values())):
+                        self._claim(tensor, FROZEN_WEIGHTS, name)
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self._claim(buffer, FROZEN_WEIGHTS, name)
+        for name, module in self._module.named_modules():
+            for key, value in module.__dict__.items():
+                if key not in ("_parameters", "_buffers", "_modules"):
+                    for tensor in tensors_in(value, enter=_is_quantization_state):
+                        self._claim(tensor, OTHER, name, first=True)
+        self._claim_gradients(self._module.parameters())
+
+    def _claim(self, tensor: Tensor, category: str, module: str, *, first: bool = False) -> None:
+        """Give a tensor's storages their category; weights keep theirs.
+
+        Args:
+            tensor: The tensor.
+            category: The category.
+            module: Qualified name of the module it belongs to.
+            first: Only if no other claim came before.
+
+        """
+        for storage, plain in storages(tensor):
+            block = self._blocks.get(storage._cdata)
+            if block is None:
+                nbytes = storage.nbytes()
+                if nbytes:
+                    block = Block(nbytes, plain.device.type, module, category)
+                    self._watch(storage, block)
+                    self.log.initial.append((block, nbytes))
+            elif not (first and block.category) and block.category not in (WEIGHTS, FROZEN_WEIGHTS):
+                block.category, block.module = category, module
+
+    def _claim_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._claim(parameter.grad, GRADIENTS, self._owners.get(id(parameter), ""))
+
+    def _claim_state(self, optimizer: Optimizer) -> None:
+        for parameter, state in list(optimizer.state.items()):
+            owner = self._owners.get(id(parameter), "")
+            for tensor in tensors_in(state):
+                if tensor is not parameter and tensor is not getattr(parameter, "grad", None):
+                    self._claim(tensor, OPTIMIZER_STATE, owner)
+
+    # -- births and deaths ------------------------------------------------------------------------------------------
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and see which storages it made."""
+        for cls in types:
+            if is_wrapper(cls):  # let it become operations on its inner tensors: those are seen here
+                return NotImplemented
+        task = _graph_task()
+        if task != self._task:
+            self._switch(task)
+        elif task != -1 and self._recomputing and not torch.is_grad_enabled():
+            self._recomputing = False
+            self.log.marks.append(len(self.log.events))
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if func.is_view and func not in _LIFT:
+            return out
+        if func not in _LIFT:
+            self._observe(args, self._found)
+            if kwargs:
+                self._observe(kwargs.values(), self._found)
+        if isinstance(out, Tensor):
+            self._observe((out,), self._born)
+        elif out is not None:
+            self._observe(out, self._born)
+        return out
+
+    def _observe(self, values: Any, unknown: Callable[[torch.UntypedStorage, Tensor], None]) -> None:
+        if not isinstance(values, (list, tuple)):
+            values = tuple(values) if hasattr(values, "__iter__") else ()
+        blocks = self._blocks
+        for value in values:
+            if isinstance(value, Tensor):
+                for storage, plain in storages(value):
+                    block = blocks.get(storage._cdata)
+                    if block is None:
+                        unknown(storage, plain)
+                    elif block.nbytes != storage.nbytes():
+                        self._resized(storage)
+            elif isinstance(value, (list, tuple)):
+                self._observe(value, unknown)
+
+    def _born(self, storage: torch.UntypedStorage, tensor: Tensor | None) -> None:
+        nbytes = storage.nbytes()
+        if not nbytes:
+            return
+        device = (storage if tensor is None else tensor).device.type
+        phase = self._phase_now()
+        if phase == _BACKWARD:
+            candidate = self._recomputing = torch.is_grad_enabled()
+        else:
+            candidate = phase == _FORWARD
+        events = self.log.events
+        block = Block(nbytes, device, self._module_now(phase), None, candidate=candidate, born=len(events))
+        self._watch(storage, block)
+        events.append((block, nbytes, phase))
+
+    def _found(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
+        """Count a storage that no operation made (a constant, a communication buffer) from its first use on."""
+        if tensor.dim():  # zero-dimensional ones are Python numbers on their way into an operation
+            self._born(storage, tensor)
+            block = self._blocks.get(storage._cdata)
+            if block is not None:
+                block.category = OTHER
+
+    def _watch(self, storage: torch.UntypedStorage, block: Block) -> None:
+        reference = _Reference(storage, self._died)
+        reference.key = storage._cdata
+        block.reference = reference
+        self._blocks[reference.key] = block
+
+    def _died(self, reference: _Reference) -> None:
+        block = self._blocks.get(reference.key)
+        if block is None or block.reference is not reference:
+            return
+        del self._blocks[reference.key]
+        block.died, block.reference = len(self.log.events), None
+        self.log.events.append((block, -block.nbytes, self._phase_now()))
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        block = self._blocks.get(storage._cdata)
+        if block is None:
+            self._born(storage, None)
+            return
+        change = storage.nbytes() - block.nbytes
+        if change:
+            block.nbytes += change
+            self.log.events.append((block, change, self._phase_now()))
+
+    # -- where we are -----------------------------------------------------------------------------------------------
+    def _phase_now(self) -> int:
+        if self._pinned:
+            return self._phase
+        if self._steps:
+            return _OPTIMIZER
+        return self._phase if _graph_task() == -1 else _BACKWARD
+
+    def _switch(self, task: int) -> None:
+        """Note that the autograd engine started or ended a run."""
+        if task != -1:
+            self.log.marks.append(len(self.log.events))
+            self._stack_base = len(self._stack)
+        else:
+            self._claim_gradients(self._module.parameters())
+        self._recomputing = False
+        self._task = task
+
+    def _module_now(self, phase: int) -> str:
+        if phase == _BACKWARD and len(self._stack) <= self._stack_base:
+            return self._module_of_node(torch._C._current_autograd_node())
+        if phase == _OPTIMIZER:
+            return OPTIMIZER_MODULE
+        return self._stack[-1] if self._stack else ""
+
+    def _module_of_node(self, node: Any) -> str:
+        """Return the module whose forward made an autograd node."""
+        if node is None:
+            return ""
+        number = node._sequence_nr()
+        if number >= _ACCUMULATE:
+            return self._owners.get(id(getattr(node, "variable", None)), "")
+        position = bisect_right(self._boundaries, number) - 1
+        return self._boundary_modules[position] if position >= 0 else ""
+
+    def _boundary(self) -> None:
+        if threading.get_ident() == self._thread:  # the numbers are counted per thread
+            self._boundaries.append(_sequence_number())
+            self._boundary_modules.append(self._stack[-1] if self._stack else "")
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        if not self._pinned and _graph_task() == -1:
+            self._phase, self._steps = _FORWARD, 0
+            if not self._stack:
+                for tensor in tensors_in(args):
+                    if all(storage._cdata not in self._blocks for storage, _ in storages(tensor)):
+                        self._claim(tensor, INPUTS, "")
+        self._stack.append(name)
+        self._boundary()
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None or name not in self._stack:
+            return
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in self._owners:  # unsharded for this forward only
+                self._claim(parameter, WEIGHTS if parameter.requires_grad else FROZEN_WEIGHTS, name)
+        while self._stack.pop() != name:  # an exception skipped the hooks of inner modules
+            pass
+        self._boundary()
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        self._claim_gradients((parameter,))
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._claim_gradients(p for group in optimizer.param_groups for p in group["params"])
+        if self._pinned:
+            return None
+        self._steps += 1
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def closed() -> Any:  # forward and backward run inside of step: they are not the optimizer's
+            steps, self._steps, self._phase = self._steps, 0, _FORWARD
+            try:
+                return closure()
+            finally:
+                self._steps = steps
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closed}
+        return (args[0], closed, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._claim_state(optimizer)
+        if not self._pinned:
+            self._steps = max(0, self._steps - 1)
+            self._phase = _OPTIMIZER  # what follows tidies up, until the next forward
+
+
+def track_memory(module: nn.Module, *, optimizers: Iterable[Optimizer] = (), inputs: Any = None) -> MemoryTracker:
+    """Follow the memory of one training step, in any loop.
+
+    Bytes are counted exactly on CPU, CUDA, meta and fake tensors, by storage, at the moment of the true peak. What
+    kernels allocate inside of one operation (workspaces) is not seen. Code under ``torch.compile`` runs uncompiled
+    meanwhile.
+
+    Args:
+        module: The model; names in the measurement are its modules' qualified names.
+        optimizers: Their state is counted; optimizers that step meanwhile are found by themselves.
+        inputs: The batch. Tensors handed to ``module`` itself are found by themselves.
+
+    Returns:
+        A context manager; after it is left, ``measurement()`` holds the result.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> batch = torch.ones(8, 4)
+        >>> with track_memory(model, inputs=batch) as tracker:
+        ...     model(batch).sum().backward()
+        >>> found = tracker.measurement().by_category
+        >>> found["weights"], found["inputs"]
+        (40, 128)
+
+    """
+    return MemoryTracker(module, optimizers, inputs)
+
+
+def _is_quantization_state(value: Any) -> bool:
+    return type(value).__module__.startswith(("bitsandbytes.", "torchao."))
+
+
+@contextmanager
+def _resizes_seen_by(listener: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Tell ``listener`` about every storage that is resized in place.
+
+    FSDP frees unsharded parameters through ``UntypedStorage.resize_``, which no dispatch mode sees; there is no
+    instance to hook, so the class is, for as long as somebody listens.
+    """
+    cls: Any = torch.UntypedStorage
+    if not _resize_listeners:
+        original = cls.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = original(storage, size)
+            for listen in _resize_listeners:
+                listen(storage)
+            return result
+
+        cls.resize_ = resize_
+    _resize_listeners.append(listener)
+    try:
+        yield
+    finally:
+        _resize_listeners.remove(listener)
+        if not _resize_listeners:
+            del cls.resize_  # the method of the base class shows again
