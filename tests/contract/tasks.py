@@ -6,6 +6,7 @@ namespace. Each records its losses in ``losses``: two runs are compared number b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Task:
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[float] = []
+        self.watch: Callable[[Any], None] | None = None  # called with the module inside each training step
         if not self.automatic:
             self.automatic_optimization = False
         self.make()
@@ -44,6 +46,8 @@ class Task:
 
     def record(self, loss: Tensor) -> Tensor:
         self.losses.append(loss.item())
+        if self.watch is not None:
+            self.watch(self)
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
