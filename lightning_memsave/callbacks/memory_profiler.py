@@ -60,8 +60,8 @@ class MemoryProfiler(Saver):
         snapshot: bool = False,
     ) -> None:
         problems = []
-        numbers = [steps] if isinstance(steps, int) else list(steps)
-        if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        numbers: list[Any] = [steps] if isinstance(steps, (int, float)) else list(steps)
+        if not numbers or any(type(n) is not int or n < 1 for n in numbers):
             problems.append(f"steps={steps!r} must be one or more training steps counted from 1, e.g. (1, 2, 3).")
         names = [formats] if isinstance(formats, str) else list(formats)
         if any(name not in _FORMATS for name in names):
@@ -173,7 +173,7 @@ class _Run:
         if measurement is None or report is None:
             return
         set_last_report(report)  # a run that is killed later still leaves this
-        scalars = MemoryReport.from_measurement(measurement).scalars()
+        scalars: dict[str, float] = dict(MemoryReport.from_measurement(measurement).scalars())
         trainer = self.session.trainer
         for target in trainer.loggers:
             target.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -13,7 +13,8 @@ body{margin:0;background:var(--bg);color:var(--text);font:14px/1.5 system-ui,-ap
 main{max-width:1180px;margin:0 auto;padding:32px 24px 56px}
 header{display:flex;flex-wrap:wrap;align-items:flex-end;gap:12px 40px;margin-bottom:20px}
 h1{margin:0;font-size:13px;font-weight:600;color:var(--dim);letter-spacing:.02em}
-h1 b{display:block;font-size:44px;line-height:1.1;color:var(--strong);letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+h1 b{display:block;font-size:44px;line-height:1.1;color:var(--strong);letter-spacing:-.02em;
+font-variant-numeric:tabular-nums}
 h2{margin:0 0 12px;font-size:15px}
 .cards{display:flex;flex-wrap:wrap;gap:10px;margin-left:auto}
 .card{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:8px 16px}
@@ -78,7 +79,8 @@ SCRIPT = """
       if (bytes) rows += '<tr><td><i class="dot c-' + data.categories[i][0] + '"></i>' + data.categories[i][1] +
         '</td><td class="n">' + text(bytes) + "</td></tr>";
     }
-    tip.innerHTML = "<b>" + text(total) + '</b> <span class="dim">' + data.phases[index] + "</span><table>" + rows + "</table>";
+    tip.innerHTML = "<b>" + text(total) + '</b> <span class="dim">' + data.phases[index] +
+      "</span><table>" + rows + "</table>";
     var middle = (index + 0.5) * data.width / count;
     cursor.setAttribute("x1", middle); cursor.setAttribute("x2", middle);
     cursor.setAttribute("visibility", "visible");
@@ -119,7 +121,8 @@ PAGE = """<!doctype html>
 <section><h2>Highest, by phase</h2><table>@@phases@@</table></section>
 </div>
 <section>
-<div class="head"><h2>At the peak, by module</h2><label><input type="checkbox" id="each"> each module by itself</label></div>
+<div class="head"><h2>At the peak, by module</h2>
+<label><input type="checkbox" id="each"> each module by itself</label></div>
 <div class="scroll"><table id="groups">@@groups@@</table><table id="modules" hidden>@@modules@@</table></div>
 </section>
 <section><h2>More</h2><ul>@@notes@@</ul></section>

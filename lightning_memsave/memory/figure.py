@@ -76,7 +76,7 @@ def _phases(report: MemoryReport, axes: Any) -> None:
     transform = axes.get_xaxis_transform()
     for name, start, end in bands:
         axes.axvspan(start, end, ymin=0.965, ymax=1.0, color=PHASE_COLORS[name], alpha=0.9, linewidth=0)
-        if start:
+        if start and (end - start) / width > 0.01:
             axes.axvline(start, color="#30363d", alpha=0.25, linewidth=0.7, linestyle=(0, (3, 3)))
         if (end - start) / width > 0.055:
             middle = (start + end) / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -108,10 +108,8 @@ def _plot(report: MemoryReport) -> str:
     return f'<svg id="plot" viewBox="{box}" role="img" aria-label="Live bytes by category">{"".join(shapes)}</svg>'
 
 
-def _area(lower: list[int], upper: list[int], x: object, y: object) -> str:
+def _area(lower: list[int], upper: list[int], x: Callable[[float], float], y: Callable[[float], float]) -> str:
     """Return the path between two step curves; runs of equal height are one line."""
-    assert callable(x)
-    assert callable(y)
 
     def walk(values: list[int]) -> list[str]:
         steps, previous = [], None
@@ -170,7 +168,8 @@ def _module_rows(report: MemoryReport, *, grouped: bool) -> str:
         times = f' <span class="dim">\u00d7 {number}</span>' if number > 1 else ""
         cells.append(
             f'<tr><td class="m">{escape(module_label(name))}{times}</td><td class="n">{format_bytes(total)}</td>'
-            f'<td class="n dim">{100 * total / max(1, report.peak_bytes):.1f} %</td><td class="w">{_bar(row, largest)}</td></tr>'
+            f'<td class="n dim">{100 * total / max(1, report.peak_bytes):.1f} %</td>'
+            f'<td class="w">{_bar(row, largest)}</td></tr>'
         )
     return "".join(cells)
 

@@ -52,6 +52,8 @@ class PeakMemory(Metric):
     higher_is_better = False
     full_state_update = False
 
+    peak_bytes: Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         zero = torch.zeros((), dtype=torch.float64, device="cpu")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_memsave.memory.host import host_allocator, host_peak_bytes, reset_host_peak
 from lightning_memsave.memory.ledger import Measurement
 from lightning_memsave.memory.report import MemoryReport, set_last_report
-from lightning_memsave.memory.snapshot import record_snapshot, requested_bytes, reserved_peak_bytes
+from lightning_memsave.memory.snapshot import cuda_in_use, record_snapshot, requested_bytes, reserved_peak_bytes
 from lightning_memsave.memory.tracker import MemoryTracker
 
 __all__ = ["StepRecorder", "write_report"]
@@ -201,5 +201,5 @@ def write_report(report: MemoryReport, directory: Path, formats: Iterable[str]) 
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda_in_use():
         torch.cuda.synchronize()

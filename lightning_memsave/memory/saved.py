@@ -46,7 +46,7 @@ def record_saved_activations(module: nn.Module) -> Iterator[SavedActivations]:
     Parameters and buffers of ``module``, and what quantized weights carry, are not activations. A region with its own
     saved-tensor hooks (non-reentrant checkpointing, offloading) shows what it passes on to autograd outside of it.
     """
-    excluded = set()
+    excluded: set[int] = set()
     for tensor in [*module.parameters(), *module.buffers()]:
         for held in (tensor, *tensors_in(list(tensor.__dict__.values()))):
             excluded.update(storage._cdata for storage, _ in storages(held))

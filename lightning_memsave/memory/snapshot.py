@@ -10,7 +10,7 @@ import torch
 
 from lightning_memsave.errors import ConfigurationError
 
-__all__ = ["record_snapshot", "require_cuda", "requested_bytes", "reserved_peak_bytes"]
+__all__ = ["cuda_in_use", "record_snapshot", "require_cuda", "requested_bytes", "reserved_peak_bytes"]
 
 _MAX_ENTRIES = 200_000
 
@@ -50,14 +50,19 @@ def record_snapshot(path: Path, *, max_entries: int = _MAX_ENTRIES) -> Iterator[
     finally:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(path))
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
+def cuda_in_use() -> bool:
+    """Return whether this process works with CUDA; asking does not initialise it."""
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def requested_bytes() -> int | None:
     """Return the bytes that tensors on the present CUDA device asked for, unrounded; ``None`` without CUDA in use."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not cuda_in_use():
         return None
     return int(torch.cuda.memory_stats().get("requested_bytes.all.current", 0))
 
@@ -67,6 +72,6 @@ def reserved_peak_bytes() -> int | None:
 
     ``None`` without CUDA in use. The counters are the user's: nothing here resets them.
     """
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not cuda_in_use():
         return None
     return int(torch.cuda.max_memory_reserved())

@@ -52,7 +52,7 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]
     key: int
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follow the storages of one step; see ``track_memory``.
 
     Enter it, run one step, leave it, then read ``measurement()``. Everything it installs is process-wide (module
@@ -61,7 +61,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = (), inputs: Any = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.log = Log()
         self._module = module
         self._optimizers = tuple(optimizers)
@@ -70,7 +70,7 @@ class MemoryTracker(TorchDispatchMode):
         self._names: dict[int, str] = {}  # id(module) -> qualified name
         self._owners: dict[int, str] = {}  # id(parameter) -> qualified name of its module
         self._installed = ExitStack()
-        self._phase = _FORWARD
+        self._phase = self._last_phase = _FORWARD
         self._pinned = False  # the phase holds whatever the autograd engine does
         self._steps = 0  # optimizer steps we are inside of
         self._task = -1  # the autograd engine's run
@@ -96,7 +96,7 @@ class MemoryTracker(TorchDispatchMode):
             self.add_inputs(self._inputs)
             self._inputs = None
             self._install()
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
         except BaseException:
             self._release()
             raise
@@ -105,7 +105,7 @@ class MemoryTracker(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         """Stop and take every hook away."""
         try:
-            super().__exit__(*exception)
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
             self._claim_gradients(self._module.parameters())
             for optimizer in self._optimizers:
                 self._claim_state(optimizer)
@@ -128,7 +128,8 @@ class MemoryTracker(TorchDispatchMode):
         keep.enter_context(_resizes_seen_by(self._resized))
         for parameter in self._module.parameters():
             if parameter.requires_grad and parameter.is_leaf:
-                keep.callback(parameter.register_post_accumulate_grad_hook(self._accumulated).remove)
+                handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+                keep.callback(handle.remove)
 
     # -- what the driver says -------------------------------------------------------------------------------------
     def set_phase(self, phase: str) -> None:
@@ -264,6 +265,7 @@ class MemoryTracker(TorchDispatchMode):
         events = self.log.events
         block = Block(nbytes, device, self._module_now(phase), None, candidate=candidate, born=len(events))
         self._watch(storage, block)
+        self._last_phase = phase
         events.append((block, nbytes, phase))
 
     def _found(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
@@ -286,7 +288,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         del self._blocks[reference.key]
         block.died, block.reference = len(self.log.events), None
-        self.log.events.append((block, -block.nbytes, self._phase_now()))
+        self.log.events.append((block, -block.nbytes, self._last_phase))  # a free belongs to what ran before it
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         block = self._blocks.get(storage._cdata)
