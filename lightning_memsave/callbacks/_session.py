@@ -170,6 +170,15 @@ class Session:
         """Pass what ``configure_optimizers`` returns through ``convert``, once, in any of its allowed forms."""
         self._arm_once(module, "configure_optimizers", lambda inner: convert(inner()))
 
+    def before_optimizers(self, module: LightningModule, check: Callable[[], None]) -> None:
+        """Call ``check`` once, when the model is complete and ``configure_optimizers`` is about to run."""
+
+        def checked(inner: Callable[[], Any]) -> Any:
+            check()
+            return inner()
+
+        self._arm_once(module, "configure_optimizers", checked)
+
     def shared(self, key: str, factory: Callable[[], ClosableT]) -> ClosableT:
         """Return the one object of that key, made at the first call and closed with the session."""
         if key not in self._shared:
