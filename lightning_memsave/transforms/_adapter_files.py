@@ -229,7 +229,7 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
     if config.get("peft_type") != "LORA":
         raise CheckpointMismatchError(
-            f"{str(folder)!r} holds {config.get('peft_type')} adapters, and only LORA (with its variants) can be loaded."
+            f"{str(folder)!r} holds {config.get('peft_type')} adapters, and only LORA (and its variants) can be loaded."
         )
     return config, {key.removeprefix(_PEFT_PREFIX): value for key, value in load_file(folder / _WEIGHTS).items()}
 

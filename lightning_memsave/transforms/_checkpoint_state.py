@@ -185,10 +185,11 @@ def match_state(
     notes: list[str] = []
     if record is None:
         expected = set(here)
-        if base_alone and not any(is_adapter(key) for key in loaded) and any(is_adapter(key) for key in here):
-            loaded, note = _below_adapters(loaded, here)
-            expected = {key for key in here if not is_adapter(key)}
-            notes.append(note)
+        if any(is_adapter(key) for key in here) and not any(is_adapter(key) for key in loaded):
+            loaded = _below_adapters(loaded, here)
+            if base_alone:
+                expected = {key for key in here if not is_adapter(key)}
+                notes.append("the checkpoint has no adapters: its weights went below the adapters, which start fresh")
         problems += _settle_quantized(loaded, expected, weights, here)
     else:
         expected = set(filter_state(module, here))
@@ -221,11 +222,10 @@ def is_adapter(key: str) -> bool:
     return _ADAPTER.search(key) is not None
 
 
-def _below_adapters(loaded: dict[str, Any], here: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+def _below_adapters(loaded: dict[str, Any], here: Mapping[str, str]) -> dict[str, Any]:
     """Give the keys of a model without adapters the names they have below the adapters."""
     below = {key.replace(".base_layer.", "."): key for key in here if ".base_layer." in key}
-    mapped = {below.get(key, key): value for key, value in loaded.items()}
-    return mapped, "the checkpoint has no adapters: its weights went below the adapters, which start fresh"
+    return {below.get(key, key): value for key, value in loaded.items()}
 
 
 def _settle_quantized(
