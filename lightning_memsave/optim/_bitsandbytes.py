@@ -120,10 +120,14 @@ def _place(optimizer: Any, p: Tensor, state: dict[str, Any]) -> None:
             if key not in optimizer.name2qmap:
                 optimizer.fill_qmap()
             optimizer.name2qmap[key] = state[name] = optimizer.name2qmap[key].to(p.device)
-        elif name in _MOMENTS and optimizer.is_paged and p.device.type != "cpu" and p.numel() >= MIN_PAGED_ELEMENTS:
+        elif name in _MOMENTS and _pages(optimizer, p):
             state[name] = _paged_copy(optimizer, value, p.device)
         else:
             state[name] = value.detach().to(p.device)
+
+
+def _pages(optimizer: Any, p: Tensor) -> bool:
+    return optimizer.is_paged and p.device.type != "cpu" and p.numel() >= MIN_PAGED_ELEMENTS
 
 
 def _paged_copy(optimizer: Any, value: Tensor, device: torch.device) -> Tensor:

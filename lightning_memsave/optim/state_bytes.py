@@ -89,4 +89,8 @@ def predicted_state_bytes(optimizer: Optimizer) -> int | None:
     formula = _FORMULAS.get(type(optimizer))
     if formula is None:
         return None
-    return sum(formula(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    # Adagrad makes its state in the constructor, for frozen parameters too
+    everything = isinstance(optimizer, torch.optim.Adagrad)
+    return sum(
+        formula(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad or everything
+    )
