@@ -106,3 +106,16 @@ def test_one_namespace_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert main(["doctor", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["machine"]
     assert next(row for row in rows if row["name"] == "lightning")["status"] == "info"
+
+
+@pytest.mark.parametrize(
+    ("allocator", "status", "note"),
+    [("glibc", "info", "LD_PRELOAD"), ("tcmalloc", "ok", "same allocator"), (None, "info", "does not say")],
+)
+def test_the_process_allocator_is_named_with_what_to_do(
+    allocator: str | None, status: str, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_memsave.memory.host.host_allocator", lambda: allocator)
+    row = find(_checks.all_rows(), "process allocator")
+    assert row.status == status
+    assert note in row.note

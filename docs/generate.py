@@ -1,0 +1,126 @@
+"""Write the tables of README.md and docs/methods.md from the package's own tables.
+
+python docs/generate.py            # after a change of the catalog, the compatibility table or a preset
+python docs/generate.py --check    # exit code 1 if a page is out of date
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lightning_memsave.callbacks.presets import PRESETS
+from lightning_memsave.planner.catalog import CATALOG, Method
+from lightning_memsave.planner.compatibility import METHOD_PAIRS, METHOD_STRATEGIES, STRATEGIES, partners_refused
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    head = list(header)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def link(name: str) -> str:
+    return f"[`{name}`](reference/callbacks.md#lightning_memsave.{name})"
+
+
+def when_to_use() -> str:
+    """Return the large table of docs/methods.md."""
+    header = ["Method", "When to use", "Saves", "Costs", "Numbers", "Needs", "Not together with", "Measured"]
+
+    def row(method: Method) -> list[str]:
+        return [
+            link(method.name),
+            method.use_when,
+            method.saves,
+            method.costs,
+            method.numerics,
+            ", ".join(method.requires) or "nothing more",
+            not_with(method.name),
+            method.measured or "-",
+        ]
+
+    return table(header, map(row, CATALOG))
+
+
+def not_with(name: str) -> str:
+    """Return what a method is refused with: other methods and strategies."""
+    partners = [f"`{partner}`" for partner in partners_refused(name)]
+    strategies = [f"{kind} strategy" for method, kind in METHOD_STRATEGIES if method == name]
+    return ", ".join([*partners, *strategies]) or "-"
+
+
+def short_table() -> str:
+    """Return the table of README.md."""
+    return table(
+        ["Method", "Saves", "Costs", "Numbers"],
+        ([f"`{m.name}`", m.saves, m.costs, m.numerics] for m in CATALOG),
+    )
+
+
+def strategies() -> str:
+    """Return method x strategy."""
+    return table(
+        ["Method", *STRATEGIES],
+        (
+            [f"`{m.name}`", *("no" if (m.name, kind) in METHOD_STRATEGIES else "yes" for kind in STRATEGIES)]
+            for m in CATALOG
+        ),
+    )
+
+
+def refusals() -> str:
+    """Return every refusal with its reason."""
+    pairs = [(" + ".join(f"`{n}`" for n in sorted(pair)), reason) for pair, reason in METHOD_PAIRS.items()]
+    cells = [(f"`{method}` on {kind}", reason) for (method, kind), reason in METHOD_STRATEGIES.items()]
+    return table(["Not together", "Why, and what to write instead"], sorted(pairs) + sorted(cells))
+
+
+def presets() -> str:
+    """Return the presets with their members."""
+
+    def members(name: str) -> str:
+        shown = []
+        for member, arguments in PRESETS[name].members:
+            inside = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+            shown.append(f"`{member}({inside})`")
+        return ", ".join(shown)
+
+    return table(
+        ["Preset", "When to use", "Callbacks"], ([f"`{n}`", p.use_when, members(n)] for n, p in PRESETS.items())
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "when-to-use": when_to_use,
+    "short": short_table,
+    "strategies": strategies,
+    "refusals": refusals,
+    "presets": presets,
+}
+BLOCK = re.compile(r"<!-- generated: ([a-z-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """Return a page with its tables made anew."""
+    return BLOCK.sub(lambda m: f"<!-- generated: {m[1]} -->\n\n{TABLES[m[1]]()}\n\n<!-- end -->", text)
+
+
+def main() -> int:
+    """Write the pages, or say which are out of date."""
+    stale = [page for page in PAGES if filled(page.read_text(encoding="utf-8")) != page.read_text(encoding="utf-8")]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} is out of date" if "--check" in sys.argv else f"writing {page}")
+        if "--check" not in sys.argv:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
