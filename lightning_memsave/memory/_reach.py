@@ -13,6 +13,7 @@ __all__ = ["is_wrapper", "storages", "tensors_in"]
 
 _MAX_VISITED = 100_000  # objects: a batch of Python numbers must not stop a step
 _MAX_DEPTH = 12
+_LONG = 1000  # elements: a longer list that begins with a number or a text is taken to hold nothing else
 _LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), type, ModuleType, torch.dtype, torch.device)
 
 _wrapper_types: dict[type, bool] = {torch.Tensor: False, nn.Parameter: False}
@@ -81,13 +82,16 @@ def tensors_in(value: Any, *, enter: Callable[[Any], bool] | None = None) -> Ite
         elif isinstance(item, Mapping):
             stack.extend((inner, depth + 1) for inner in list(item.values()))
         elif isinstance(item, (list, tuple, set, frozenset)):
-            stack.extend((inner, depth + 1) for inner in _reversed(item))
+            stack.extend((inner, depth + 1) for inner in _elements(item))
         elif enter is None or enter(item):
             stack.extend((inner, depth + 1) for inner in _attributes(item))
 
 
-def _reversed(items: Collection[Any]) -> list[Any]:
-    return list(items)[::-1]  # the stack pops from its end: keep the order of the batch
+def _elements(items: Collection[Any]) -> list[Any]:
+    """Return the elements last first, as the stack pops from its end; none of a long list of numbers or texts."""
+    if len(items) > _LONG and isinstance(next(iter(items)), _LEAVES):
+        return []
+    return list(items)[::-1]
 
 
 def _attributes(item: Any) -> list[Any]:

@@ -127,6 +127,7 @@ class Log:
         initial: ``(block, bytes)`` that existed when the log began.
         events: ``(block, change in bytes, phase)`` in order; the phase is an index into ``PHASES``.
         marks: See ``Block.settle``.
+        starts: Event indices at which a backward began; each is a mark too.
         untracked_bytes: Bytes of the device that were allocated before the log began and that no block stands for.
 
     """
@@ -134,13 +135,15 @@ class Log:
     initial: list[tuple[Block, int]] = field(default_factory=list)
     events: list[tuple[Block, int, int]] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
     untracked_bytes: int = 0
 
     def main_device(self) -> str:
-        """Return the device type the step ran on: the accelerator if one holds bytes, else the CPU, else meta."""
-        found = {block.device for block, _ in self.initial} | {block.device for block, _, _ in self.events}
-        accelerators = sorted(found - {"cpu", "meta"})
-        return next(iter([*accelerators, *(d for d in ("cpu", "meta") if d in found)]), "cpu")
+        """Return the device type the step ran on: the accelerator if it made or held bytes, else who made the most."""
+        made: dict[str, int] = {}
+        for block, change in (*self.initial, *((block, change) for block, change, _ in self.events)):
+            made[block.device] = made.get(block.device, 0) + max(0, change)
+        return max(made, key=lambda device: (device not in ("cpu", "meta"), made[device]), default="cpu")
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class Measurement:
         by_category: Bytes at the peak; all categories, zeros too; sums to ``peak_bytes``.
         by_module: Bytes at the peak by the module they belong to, then by category; sums to ``peak_bytes``.
         by_phase: Highest sum of live bytes within each phase that occurred.
-        saved_for_backward_bytes: Most activation bytes alive when a backward began or a recomputation ended.
+        saved_for_backward_bytes: Most activation bytes alive when a backward began: what the forward saved.
         timeline: Live bytes over the step.
 
     """
@@ -216,7 +219,7 @@ def measure(log: Log, device: str | None = None, *, num_points: int = _TIMELINE_
         if id(block) in settled:
             current[settled[id(block)]] += nbytes
     total = sum(current)
-    activations, saved, marks, next_mark = category_of[ACTIVATIONS], 0, [*log.marks, len(log.events) + 1], 0
+    activations, saved, starts, next_start = category_of[ACTIVATIONS], 0, [*log.starts, len(log.events) + 1], 0
     peak, peak_event, peak_current = total, -1, list(current)
     by_phase: dict[int, int] = {}
     stretch = max(1, -(-len(log.events) // num_points))
@@ -224,8 +227,8 @@ def measure(log: Log, device: str | None = None, *, num_points: int = _TIMELINE_
     points: list[tuple[int, int, int, list[int]]] = []  # (total, event, phase, bytes by category)
     best: tuple[int, int, int, list[int]] | None = None
     for index, (block, change, phase) in enumerate(log.events):
-        while marks[next_mark] <= index:
-            saved, next_mark = max(saved, current[activations]), next_mark + 1
+        while starts[next_start] <= index:
+            saved, next_start = max(saved, current[activations]), next_start + 1
         category = settled.get(id(block))
         if category is not None:
             current[category] += change
@@ -239,7 +242,7 @@ def measure(log: Log, device: str | None = None, *, num_points: int = _TIMELINE_
         if (index + 1) % stretch == 0 or (flips <= num_points and phase != _phase_after(log.events, index)):
             points.append(best)
             best = None
-    if next_mark < len(log.marks):
+    if next_start < len(log.starts):
         saved = max(saved, current[activations])
     if peak_event == -1:
         points.insert(0, (peak, -1, 0, peak_current))

@@ -139,7 +139,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             phase: ``forward``, ``optimizer``, or ``validation``, which holds until the next call whatever runs.
 
         """
-        self._phase = PHASES.index(phase)
+        self._phase = self._last_phase = PHASES.index(phase)
         self._pinned = self._phase == _VALIDATION
         self._steps = 0
 
@@ -312,6 +312,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that the autograd engine started or ended a run."""
         if task != -1:
             self.log.marks.append(len(self.log.events))
+            if self._task == -1:  # not a backward within a backward, as reentrant checkpointing runs them
+                self.log.starts.append(len(self.log.events))
             self._stack_base = len(self._stack)
         else:
             self._claim_gradients(self._module.parameters())
