@@ -31,22 +31,19 @@ def link(name: str) -> str:
 
 
 def when_to_use() -> str:
-    """Return the large table of docs/methods.md."""
-    header = ["Method", "When to use", "Saves", "Costs", "Numbers", "Needs", "Not together with", "Measured"]
+    """Return what each method is for and what it does."""
+    header = ["Method", "When to use", "Saves", "Costs", "Numbers"]
+    return table(header, ([link(m.name), m.use_when, m.saves, m.costs, m.numerics] for m in CATALOG))
+
+
+def needs() -> str:
+    """Return what each method needs and excludes, and what was measured."""
 
     def row(method: Method) -> list[str]:
-        return [
-            link(method.name),
-            method.use_when,
-            method.saves,
-            method.costs,
-            method.numerics,
-            ", ".join(method.requires) or "nothing more",
-            not_with(method.name),
-            method.measured or "-",
-        ]
+        libraries = ", ".join(method.requires) or "nothing more"
+        return [link(method.name), libraries, not_with(method.name), method.measured or "-"]
 
-    return table(header, map(row, CATALOG))
+    return table(["Method", "Needs", "Not together with", "Measured"], map(row, CATALOG))
 
 
 def not_with(name: str) -> str:
@@ -99,6 +96,7 @@ def presets() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "when-to-use": when_to_use,
+    "needs": needs,
     "short": short_table,
     "strategies": strategies,
     "refusals": refusals,

@@ -133,7 +133,8 @@ def _instantiate(cls: type, arguments: Mapping[str, Any]) -> Any:
     try:
         parsed = parser.parse_object({"callback": dict(arguments)})
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        # Its text names the argument as "callback.name", over several lines.
+        raise ValueError(" ".join(str(error).replace('Parser key "callback.', 'argument "').split())) from error
     return parser.instantiate_classes(parsed).callback
 
 

@@ -98,7 +98,7 @@ def _show_methods(console: Console, methods: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     reasons: list[str] = []
-    table = _table("Methods")
+    table = _table("Methods", gap=1)
     table.add_column("method", no_wrap=True)
     for title in ("here", *methods[0]["strategies"]):
         table.add_column(title, no_wrap=True)
@@ -121,11 +121,11 @@ def _show_methods(console: Console, methods: list[dict[str, Any]]) -> None:
     console.print(pairs)
 
 
-def _table(title: str) -> Table:
+def _table(title: str, gap: int = 2) -> Table:
     from rich.table import Table
 
     return Table(
-        box=None, padding=(0, 2, 0, 0), title=title, title_style="bold", title_justify="left", header_style="dim"
+        box=None, padding=(0, gap, 0, 0), title=title, title_style="bold", title_justify="left", header_style="dim"
     )
 
 
@@ -136,4 +136,4 @@ def _cell(problem: str | None, reasons: list[str]) -> Text:
         return Text("yes", style="green")
     if problem not in reasons:
         reasons.append(problem)
-    return Text(f"no [{reasons.index(problem) + 1}]", style="red")
+    return Text(f"no[{reasons.index(problem) + 1}]", style="red")

@@ -24,7 +24,29 @@ METHOD_PAIRS: dict[frozenset[str], str] = {
 }
 
 # (method, strategy) -> why it is refused and what to write instead
-METHOD_STRATEGIES: dict[tuple[str, str], str] = {}
+_ONE_DTYPE = (
+    "FSDP1 flattens the parameters of a block into one tensor of one dtype, and packed weights are bytes. "
+    'Use strategy="ddp".'
+)
+_PACKED_ZERO = 'DeepSpeed partitions and casts what it takes for floating weights. Use strategy="ddp".'
+METHOD_STRATEGIES: dict[tuple[str, str], str] = {
+    ("WeightQuantization", "fsdp1"): _ONE_DTYPE,
+    ("QLoRA", "fsdp1"): _ONE_DTYPE,
+    ("LoRA", "fsdp1"): (
+        "FSDP1 keeps gradients for the frozen weights that share a flat tensor with an adapter, so nothing is saved. "
+        'Use strategy="ddp".'
+    ),
+    ("AdapterCheckpoint", "fsdp1"): (
+        "FSDP1 gathers and writes whole flat tensors, frozen weights included. "
+        'Drop AdapterCheckpoint, or use strategy="ddp".'
+    ),
+    ("WeightQuantization", "deepspeed"): _PACKED_ZERO,
+    ("QLoRA", "deepspeed"): _PACKED_ZERO,
+    ("AdapterCheckpoint", "deepspeed"): (
+        "DeepSpeed writes its own checkpoints. "
+        "Drop AdapterCheckpoint and pass DeepSpeedStrategy(exclude_frozen_parameters=True)."
+    ),
+}
 
 
 def pair_problem(first: str, second: str) -> str | None:

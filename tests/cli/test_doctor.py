@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from lightning_memsave.cli import _checks
 from lightning_memsave.cli.main import main
@@ -119,3 +122,59 @@ def test_the_process_allocator_is_named_with_what_to_do(
     row = find(_checks.all_rows(), "process allocator")
     assert row.status == status
     assert note in row.note
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretend that there is a GPU of a compute capability."""
+
+    def pretend(major: int, minor: int, free: int) -> None:
+        properties = SimpleNamespace(name="Some GPU", major=major, minor=minor)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, 80 * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+
+    return pretend
+
+
+def test_a_gpu_shows_its_memory_and_whether_it_is_free(gpu: Any) -> None:
+    gpu(9, 0, 79 * 2**30)
+    row = find(_checks._accelerators(), "cuda:0")
+    assert (row.value, row.status, row.note) == ("Some GPU, 80.00 GiB, compute 9.0", "ok", "79.00 GiB free")
+    gpu(9, 0, 20 * 2**30)
+    row = find(_checks._accelerators(), "cuda:0")
+    assert (row.status, row.note) == ("warn", "20.00 GiB free: another process uses it")
+
+
+@pytest.mark.parametrize(
+    ("capability", "formats"),
+    [
+        ((7, 0), {"bf16": "no", "int8": "no", "fp8": "no"}),
+        ((7, 5), {"bf16": "no", "int8": "yes", "fp8": "no"}),
+        ((8, 6), {"bf16": "yes", "int8": "yes", "fp8": "no"}),
+        ((8, 9), {"bf16": "yes", "int8": "yes", "fp8": "yes"}),
+        ((12, 0), {"bf16": "yes", "int8": "yes", "fp8": "yes"}),
+    ],
+)
+def test_number_formats_follow_the_compute_capability(
+    gpu: Any, capability: tuple[int, int], formats: dict[str, str]
+) -> None:
+    gpu(*capability, free=0)
+    rows = _checks._number_formats()
+    assert {row.name: row.value for row in rows} == formats
+    assert all("here" in row.note for row in rows if row.value == "no"), "a no without what to write instead"
+
+
+def test_the_cuda_allocator_says_whether_expandable_segments_are_on(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(9, 0, 0)
+    assert "AllocatorSettings() turns" in find(_checks._accelerators(), "allocator").note
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        assert find(_checks._accelerators(), "allocator").note == "expandable segments are on"
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert find(_checks._accelerators(), "allocator").status == "info"

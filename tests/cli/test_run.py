@@ -153,8 +153,10 @@ def test_trainers_get_the_callbacks_and_ddp_would_relaunch_the_script(tmp_path: 
     assert result.stderr.count("[memsave] LIGHTNING_MEMSAVE=basic: attaching") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["script", "module", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["script", pytest.param("module", marks=pytest.mark.slow), pytest.param("torchrun", marks=pytest.mark.slow)],
+)
 def test_every_ddp_rank_gets_the_callbacks(tmp_path: Path, launcher: str) -> None:
     (tmp_path / "train.py").write_text(DDP)
     words = {

@@ -71,6 +71,7 @@ def test_a_pair_that_is_not_listed_trains(pair: tuple[str, str]) -> None:
     assert sum(module.losses[3:]) < sum(module.losses[:3]), "the second epoch learned nothing"
 
 
+@pytest.mark.filterwarnings("ignore:.*on FSDP1 checkpoints hold the frozen base too")
 def test_a_refused_strategy_is_refused_before_the_model_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     for (name, kind), reason in {("LoRA", "a test's"): "write another", **METHOD_STRATEGIES}.items():
         monkeypatch.setitem(METHOD_STRATEGIES, (name, kind), reason)
