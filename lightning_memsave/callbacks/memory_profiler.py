@@ -77,7 +77,9 @@ class MemoryProfiler(Saver):
         super().setup(trainer, pl_module, stage)
         session = Session.of(trainer)
         if stage not in ("fit", "validate"):
-            session.report("MemoryProfiler", f"profiles fit and validate; nothing is profiled in {stage}")
+            session.report(
+                "MemoryProfiler", f"profiles fit and validate; nothing is profiled in {getattr(stage, 'value', stage)}"
+            )
             return
         if self.snapshot:
             require_cuda("MemoryProfiler(snapshot=True)")

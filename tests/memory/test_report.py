@@ -55,7 +55,7 @@ def test_json_comes_back_equal(report, tmp_path):
 def test_other_files_are_refused_by_name(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"peak_bytes": 1}')
-    with pytest.raises(ConfigurationError, match="expected 'lightning_memsave.memory/1'"):
+    with pytest.raises(ConfigurationError, match=r"expected 'lightning_memsave\.memory/1'"):
         MemoryReport.from_json(path)
     path.write_text("not json")
     with pytest.raises(ConfigurationError, match="is not JSON"):

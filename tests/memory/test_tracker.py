@@ -312,10 +312,17 @@ def test_nothing_is_left_behind():
         _global_optimizer_post_hooks,
     )
     before = [dict(table) for table in tables]
-    with pytest.raises(RuntimeError, match="stop"), track_memory(model, inputs=torch.ones(16, 4)):
-        copied = copy.deepcopy(model)
-        model(torch.ones(16, 4)).sum().backward()
-        raise RuntimeError("stop")
+    copied = None
+
+    def killed():
+        nonlocal copied
+        with track_memory(model, inputs=torch.ones(16, 4)):
+            copied = copy.deepcopy(model)
+            model(torch.ones(16, 4)).sum().backward()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        killed()
     assert [dict(table) for table in tables] == before
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
     assert all(not p._post_accumulate_grad_hooks for p in copied.parameters())
