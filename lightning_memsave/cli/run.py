@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import builtins
+import io
 import json
 import os
 import runpy
 import sys
+import types
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -97,12 +100,22 @@ def _check_installed() -> None:
 
 
 def _execute(script: str, arguments: list[str], *, is_module: bool) -> None:
+    """Run the script as ``__main__``, with the names that Python itself gives it.
+
+    Lightning's ddp launcher reads ``sys.argv`` and ``__main__.__spec__`` to start the other ranks, and pickling looks
+    functions up in ``sys.modules["__main__"]``; the ranks inherit the variable.
+    """
     sys.argv = [script, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # python -P puts no folder of the script's there
         sys.path[0] = os.getcwd() if is_module else str(Path(script).resolve().parent)
-    # runpy puts the script's module in sys.modules["__main__"] with the right __spec__: Lightning's ddp launcher
-    # starts the other ranks from it and from sys.argv, and they inherit the variable.
     if is_module:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(script, run_name="__main__")
+        return
+    # runpy.run_path would make __file__ relative and forget the module when it ends, before exit handlers run.
+    path = os.path.abspath(script)
+    with io.open_code(path) as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=path, __builtins__=builtins)
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)

@@ -13,10 +13,12 @@ import pytest
 SHOW = """
 import json, os, sys
 import __main__
+def f(x: int): pass
 print(json.dumps({
-    "argv": sys.argv, "path": sys.path[0], "name": __name__, "file": os.path.basename(__file__),
+    "argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__,
     "variable": os.environ.get("LIGHTNING_MEMSAVE"), "torch": "torch" in sys.modules,
-    "main": __main__.__dict__ is globals(), "spec": getattr(__main__.__spec__, "name", None),
+    "main": __main__.__dict__ is globals(), "annotations": str(f.__annotations__),
+    "spec": getattr(__main__.__spec__, "name", None),
 }))
 """
 
@@ -110,6 +112,14 @@ def test_without_methods_it_says_that_nothing_is_attached(script: Path) -> None:
     result = memsave(str(script))
     assert shown(result)["variable"] is None
     assert "nothing is attached" in result.stderr
+
+
+def test_the_script_is_still_the_main_module_when_exit_handlers_run(tmp_path: Path) -> None:
+    (tmp_path / "end.py").write_text(
+        "import atexit, sys\nvalue = 5\natexit.register(lambda: print(sys.modules['__main__'].value))"
+    )
+    result = memsave("--methods", "basic", "end.py")
+    assert (result.returncode, result.stdout) == (0, "5\n"), result.stderr
 
 
 @pytest.mark.parametrize(
