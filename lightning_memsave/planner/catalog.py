@@ -53,7 +53,7 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="ActivationCheckpointing",
         group="activations",
-        saves="all activations inside a block except its input: per block (saved - batch * tokens * hidden) * itemsize",
+        saves="what a block keeps for backward but its input: saved - batch * tokens * hidden * itemsize bytes each",
         costs="one more forward of the blocks per step (about 1/3 of the step)",
         numerics="exact",
         use_when="activations dominate: long sequences, large batches, deep models",
@@ -84,8 +84,8 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="QLoRA",
         group="weights",
-        saves="WeightQuantization and LoRA together",
-        costs="those of both",
+        saves="of N fp32 values, 16 N bytes of weight, gradient and AdamW state become 0.516 N + 16 rank (in + out)",
+        costs="those of WeightQuantization and of LoRA",
         numerics="statistical",
         use_when="fine-tuning a model whose 16-bit weights alone do not fit",
         requires=("bitsandbytes", "peft"),
@@ -103,7 +103,7 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="LowMemoryOptimizer",
         group="optimizer",
-        saves="state bytes a parameter: AdamW 8, adamw_8bit about 2, lion 4, lion_8bit about 1, adafactor near 0",
+        saves="state bytes a value: AdamW 8; adamw_8bit 2 + 8/256; lion 4; lion_8bit 1 + 4/256; adafactor near 0",
         costs="quantization of the state in each step; another update rule where the name says so",
         numerics="statistical",
         use_when="full-parameter training: optimizer state is the largest part",
