@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,12 +15,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memsave.errors import ConfigurationError
+from lightning_memsave.memory._place import BACKWARD, FORWARD, OPTIMIZER, VALIDATION, Place, graph_task
 from lightning_memsave.memory._reach import is_wrapper, storages, tensors_in
+from lightning_memsave.memory._resizes import resizes_seen_by
 from lightning_memsave.memory.ledger import (
     FROZEN_WEIGHTS,
     GRADIENTS,
     INPUTS,
-    OPTIMIZER_MODULE,
     OPTIMIZER_STATE,
     OTHER,
     PHASES,
@@ -35,13 +34,7 @@ from lightning_memsave.memory.ledger import (
 
 __all__ = ["MemoryTracker", "track_memory"]
 
-_FORWARD, _BACKWARD, _OPTIMIZER, _VALIDATION = range(len(PHASES))
-_ACCUMULATE = 1 << 63  # gradient accumulators carry the largest sequence number
 _LIFT = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default})
-
-_graph_task = torch._C._current_graph_task_id
-_sequence_number = torch._C._autograd._get_sequence_nr
-_resize_listeners: list[Callable[[torch.UntypedStorage], None]] = []
 
 
 class _Reference(weakref.ref):  # type: ignore[type-arg]
@@ -67,19 +60,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._optimizers = tuple(optimizers)
         self._inputs = inputs
         self._blocks: dict[int, Block] = {}
-        self._names: dict[int, str] = {}  # id(module) -> qualified name
-        self._owners: dict[int, str] = {}  # id(parameter) -> qualified name of its module
         self._installed = ExitStack()
-        self._phase = self._last_phase = _FORWARD
-        self._pinned = False  # the phase holds whatever the autograd engine does
-        self._steps = 0  # optimizer steps we are inside of
+        self._place = Place(module)
+        self._last_phase = FORWARD
         self._task = -1  # the autograd engine's run
         self._recomputing = False
-        self._stack: list[str] = []
-        self._stack_base = 0
-        self._boundaries: list[int] = []  # autograd sequence numbers at which the module changes
-        self._boundary_modules: list[str] = []
-        self._thread = 0
         self._used = False
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -88,7 +73,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._used:
             raise ConfigurationError("MemoryTracker: one tracker follows one step; make a new one for the next step.")
         self._used = True
-        self._thread = threading.get_ident()
+        self._place = Place(self._module)  # as the model is now, in the thread that runs it
         try:
             self._register_module()
             for optimizer in self._optimizers:
@@ -125,7 +110,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keep.callback(nn_module.register_module_forward_hook(self._leave_module, always_call=True).remove)
         keep.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         keep.callback(register_optimizer_step_post_hook(self._after_step).remove)
-        keep.enter_context(_resizes_seen_by(self._resized))
+        keep.enter_context(resizes_seen_by(self._resized))
         for parameter in self._module.parameters():
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
@@ -139,9 +124,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             phase: ``forward``, ``optimizer``, or ``validation``, which holds until the next call whatever runs.
 
         """
-        self._phase = self._last_phase = PHASES.index(phase)
-        self._pinned = self._phase == _VALIDATION
-        self._steps = 0
+        place = self._place
+        place.phase = self._last_phase = PHASES.index(phase)
+        place.pinned = place.phase == VALIDATION
+        place.optimizer_steps = 0
 
     def add_inputs(self, batch: Any) -> None:
         """Count the tensors of a batch as inputs; any structure or object that holds tensors."""
@@ -161,10 +147,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _register_module(self) -> None:
         held = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
         for name, module in self._module.named_modules():
-            self._names[id(module)] = name
             for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in self._owners:
-                    self._owners[id(parameter)] = name
+                if parameter is not None and id(parameter) not in self._place.owners:
+                    self._place.owners[id(parameter)] = name
                     trained = parameter.requires_grad or id(parameter) in held
                     self._claim(parameter, WEIGHTS if trained else FROZEN_WEIGHTS, name)
                     for tensor in tensors_in(list(parameter.__dict__.values())):
@@ -203,11 +188,11 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _claim_gradients(self, parameters: Iterable[Tensor]) -> None:
         for parameter in parameters:
             if parameter.grad is not None:
-                self._claim(parameter.grad, GRADIENTS, self._owners.get(id(parameter), ""))
+                self._claim(parameter.grad, GRADIENTS, self._place.owners.get(id(parameter), ""))
 
     def _claim_state(self, optimizer: Optimizer) -> None:
         for parameter, state in list(optimizer.state.items()):
-            owner = self._owners.get(id(parameter), "")
+            owner = self._place.owners.get(id(parameter), "")
             for tensor in tensors_in(state):
                 if tensor is not parameter and tensor is not getattr(parameter, "grad", None):
                     self._claim(tensor, OPTIMIZER_STATE, owner)
@@ -218,7 +203,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for cls in types:
             if is_wrapper(cls):  # let it become operations on its inner tensors: those are seen here
                 return NotImplemented
-        task = _graph_task()
+        task = graph_task()
         if task != self._task:
             self._switch(task)
         elif task != -1 and self._recomputing and not torch.is_grad_enabled():
@@ -257,13 +242,13 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not nbytes:
             return
         device = (storage if tensor is None else tensor).device.type
-        phase = self._phase_now()
-        if phase == _BACKWARD:
+        phase = self._place.phase_now()
+        if phase == BACKWARD:
             candidate = self._recomputing = torch.is_grad_enabled()
         else:
-            candidate = phase == _FORWARD
+            candidate = phase == FORWARD
         events = self.log.events
-        block = Block(nbytes, device, self._module_now(phase), None, candidate=candidate, born=len(events))
+        block = Block(nbytes, device, self._place.module_now(phase), None, candidate=candidate, born=len(events))
         self._watch(storage, block)
         self._last_phase = phase
         events.append((block, nbytes, phase))
@@ -298,93 +283,63 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         change = storage.nbytes() - block.nbytes
         if change:
             block.nbytes += change
-            self.log.events.append((block, change, self._phase_now()))
+            self.log.events.append((block, change, self._place.phase_now()))
 
     # -- where we are -----------------------------------------------------------------------------------------------
-    def _phase_now(self) -> int:
-        if self._pinned:
-            return self._phase
-        if self._steps:
-            return _OPTIMIZER
-        return self._phase if _graph_task() == -1 else _BACKWARD
-
     def _switch(self, task: int) -> None:
         """Note that the autograd engine started or ended a run."""
         if task != -1:
             self.log.marks.append(len(self.log.events))
             if self._task == -1:  # not a backward within a backward, as reentrant checkpointing runs them
                 self.log.starts.append(len(self.log.events))
-            self._stack_base = len(self._stack)
+            self._place.begin_backward()
         else:
             self._claim_gradients(self._module.parameters())
         self._recomputing = False
         self._task = task
 
-    def _module_now(self, phase: int) -> str:
-        if phase == _BACKWARD and len(self._stack) <= self._stack_base:
-            return self._module_of_node(torch._C._current_autograd_node())
-        if phase == _OPTIMIZER:
-            return OPTIMIZER_MODULE
-        return self._stack[-1] if self._stack else ""
-
-    def _module_of_node(self, node: Any) -> str:
-        """Return the module whose forward made an autograd node."""
-        if node is None:
-            return ""
-        number = node._sequence_nr()
-        if number >= _ACCUMULATE:
-            return self._owners.get(id(getattr(node, "variable", None)), "")
-        position = bisect_right(self._boundaries, number) - 1
-        return self._boundary_modules[position] if position >= 0 else ""
-
-    def _boundary(self) -> None:
-        if threading.get_ident() == self._thread:  # the numbers are counted per thread
-            self._boundaries.append(_sequence_number())
-            self._boundary_modules.append(self._stack[-1] if self._stack else "")
-
     # -- hooks --------------------------------------------------------------------------------------------------------
     def _enter_module(self, module: nn.Module, args: Any) -> None:
-        name = self._names.get(id(module))
+        place = self._place
+        name = place.names.get(id(module))
         if name is None:
             return
-        if not self._pinned and _graph_task() == -1:
-            self._phase, self._steps = _FORWARD, 0
-            if not self._stack:
+        if not place.pinned and graph_task() == -1:
+            place.phase, place.optimizer_steps = FORWARD, 0
+            if place.at_root:
                 for tensor in tensors_in(args):
                     if all(storage._cdata not in self._blocks for storage, _ in storages(tensor)):
                         self._claim(tensor, INPUTS, "")
-        self._stack.append(name)
-        self._boundary()
+        place.enter(name)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        name = self._names.get(id(module))
-        if name is None or name not in self._stack:
+        name = self._place.names.get(id(module))
+        if name is None:
             return
         for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in self._owners:  # unsharded for this forward only
+            if parameter is not None and id(parameter) not in self._place.owners:  # unsharded for this forward only
                 self._claim(parameter, WEIGHTS if parameter.requires_grad else FROZEN_WEIGHTS, name)
-        while self._stack.pop() != name:  # an exception skipped the hooks of inner modules
-            pass
-        self._boundary()
+        self._place.leave(name)
 
     def _accumulated(self, parameter: Tensor) -> None:
         self._claim_gradients((parameter,))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._claim_gradients(p for group in optimizer.param_groups for p in group["params"])
-        if self._pinned:
+        place = self._place
+        if place.pinned:
             return None
-        self._steps += 1
+        place.optimizer_steps += 1
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             return None
 
         def closed() -> Any:  # forward and backward run inside of step: they are not the optimizer's
-            steps, self._steps, self._phase = self._steps, 0, _FORWARD
+            steps, place.optimizer_steps, place.phase = place.optimizer_steps, 0, FORWARD
             try:
                 return closure()
             finally:
-                self._steps = steps
+                place.optimizer_steps = steps
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closed}
@@ -392,9 +347,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._claim_state(optimizer)
-        if not self._pinned:
-            self._steps = max(0, self._steps - 1)
-            self._phase = _OPTIMIZER  # what follows tidies up, until the next forward
+        if not self._place.pinned:
+            self._place.optimizer_steps = max(0, self._place.optimizer_steps - 1)
+            self._place.phase = OPTIMIZER  # what follows tidies up, until the next forward
 
 
 def track_memory(module: nn.Module, *, optimizers: Iterable[Optimizer] = (), inputs: Any = None) -> MemoryTracker:
@@ -428,30 +383,3 @@ def track_memory(module: nn.Module, *, optimizers: Iterable[Optimizer] = (), inp
 
 def _is_quantization_state(value: Any) -> bool:
     return type(value).__module__.startswith(("bitsandbytes.", "torchao."))
-
-
-@contextmanager
-def _resizes_seen_by(listener: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Tell ``listener`` about every storage that is resized in place.
-
-    FSDP frees unsharded parameters through ``UntypedStorage.resize_``, which no dispatch mode sees; there is no
-    instance to hook, so the class is, for as long as somebody listens.
-    """
-    cls: Any = torch.UntypedStorage
-    if not _resize_listeners:
-        original = cls.resize_
-
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            result = original(storage, size)
-            for listen in _resize_listeners:
-                listen(storage)
-            return result
-
-        cls.resize_ = resize_
-    _resize_listeners.append(listener)
-    try:
-        yield
-    finally:
-        _resize_listeners.remove(listener)
-        if not _resize_listeners:
-            del cls.resize_  # the method of the base class shows again
