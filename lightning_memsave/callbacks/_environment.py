@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["fabric_callbacks", "load_methods", "trainer_callbacks"]
 
 _MARK = "_memsave_from_environment"
+_batches = itertools.count(1)
 
 
 def load_methods(value: str, *, subject: str = VARIABLE) -> list[Any]:
@@ -44,9 +46,9 @@ def load_methods(value: str, *, subject: str = VARIABLE) -> list[Any]:
 
 def trainer_callbacks(value: str) -> list[Any]:
     """Return the callbacks for a Trainer, and say so in one line."""
-    callbacks = load_methods(value)
+    callbacks, batch = load_methods(value), next(_batches)
     for callback in callbacks:
-        setattr(callback, _MARK, True)
+        setattr(callback, _MARK, batch)
     _say(f"attaching {_names(callbacks)}")
     return [_ExplicitWins(), *callbacks]
 
@@ -54,25 +56,30 @@ def trainer_callbacks(value: str) -> list[Any]:
 class _ExplicitWins(Callback):
     """Drop a saver of the variable where the Trainer or the module brings its own of that class.
 
-    The rule is Lightning's for ``configure_callbacks``: what is nearer to the code wins. It also keeps one of each
-    where a list of callbacks is given to several Trainers, since Lightning adds ours to that list each time.
+    The rule is Lightning's for ``configure_callbacks``: what is nearer to the code wins. It also keeps the first batch
+    where one list of callbacks is given to several Trainers, since Lightning adds ours to that very list each time.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        kept: dict[type, Any] = {}
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in [c for c in callbacks if isinstance(c, Saver) and not hasattr(c, _MARK)]:
-            kept.setdefault(type(callback), callback)
-        for callback in [c for c in callbacks if isinstance(c, Saver) and hasattr(c, _MARK)]:
-            own = kept.setdefault(type(callback), callback)
-            if own is callback:
+        savers = [c for c in callbacks if isinstance(c, Saver)]
+        first: dict[type, Saver] = {}
+        for callback in sorted(savers, key=_batch):
+            winner = first.setdefault(type(callback), callback)
+            if _batch(winner) == _batch(callback):
                 continue
             # Lightning is walking this list; what is removed here stands behind this callback.
             callbacks.remove(callback)
-            if own.describe() != callback.describe():
+            if winner.describe() != callback.describe():
                 Session.of(trainer).report(
-                    VARIABLE, f"the Trainer's own {own.describe()} is used instead of {callback.describe()}"
+                    VARIABLE, f"the Trainer's own {winner.describe()} is used instead of {callback.describe()}"
                 )
+
+
+def _batch(callback: Saver) -> int:
+    """Return which reading of the variable a saver comes from; zero for the project's own, which sort first."""
+    number: int = callback.__dict__.get(_MARK, 0)
+    return number
 
 
 def fabric_callbacks(value: str) -> list[Any]:

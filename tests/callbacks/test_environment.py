@@ -217,6 +217,13 @@ def test_the_modules_own_saver_wins_too(variable: Any) -> None:
     assert [c for c in trainer.callbacks if isinstance(c, ActivationCheckpointing)] == [own]
 
 
+def test_a_saver_that_may_stand_twice_in_the_file_stays_twice(variable: Any, tmp_path: Path) -> None:
+    entry = "- {class_path: lightning_memsave.ActivationCheckpointing, init_args: {modules: net.blocks.%d}}\n"
+    variable(write(tmp_path, entry % 0 + entry % 1))
+    for trainer in (fitted([]), fitted([])):
+        assert names(trainer).count("ActivationCheckpointing") == 2
+
+
 def test_one_list_of_callbacks_for_several_trainers_does_not_pile_up(variable: Any) -> None:
     variable("basic")
     shared = [LowMemoryOptimizer()]
