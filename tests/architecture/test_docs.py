@@ -24,6 +24,9 @@ import lightning_memsave
 from lightning_memsave.callbacks._callback_list import read_callbacks
 from lightning_memsave.callbacks.presets import PRESETS
 from lightning_memsave.cli.main import VERBS
+from lightning_memsave.memory.ledger import CATEGORIES
+from lightning_memsave.optim.registry import OPTIMIZERS
+from lightning_memsave.transforms.checkpoint_blocks import POLICIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.parent.name != "benchmarks")]
@@ -145,6 +148,15 @@ def test_a_page_has_no_block_that_nothing_checks(page: Path) -> None:
 def test_every_public_name_is_explained() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert not [name for name in lightning_memsave.__all__ if not re.search(rf"\b{name}\b", text)]
+
+
+def test_every_choice_has_a_row_on_its_page() -> None:
+    how_to = ROOT / "docs" / "how-to"
+    for page, choices in (("optimizers.md", OPTIMIZERS), ("activation-checkpointing.md", POLICIES)):
+        text = (how_to / page).read_text(encoding="utf-8")
+        assert not [choice for choice in choices if f"\n| `{choice}`" not in text], page
+    text = (how_to / "profiler.md").read_text(encoding="utf-8")
+    assert not [name for name in CATEGORIES if name != "other" and f"\n| `{name}`" not in text]
 
 
 def test_the_reference_lists_every_public_name() -> None:
