@@ -39,7 +39,7 @@ def attach_adapter_checkpoint(trainer: Trainer, module: LightningModule) -> None
     """Make checkpoints of this run adapter checkpoints, unless the user's own ``AdapterCheckpoint`` does.
 
     For ``LoRA`` and ``QLoRA``, in their ``setup``. On DeepSpeed, which writes its own checkpoints, its switch for
-    leaving frozen parameters out is set instead; on FSDP1 checkpoints stay whole. Both are said.
+    leaving frozen parameters out is set instead, and said.
 
     Raises:
         ConfigurationError: If training in spawned processes could not hand the adapters back in any way.
@@ -54,9 +54,7 @@ def attach_adapter_checkpoint(trainer: Trainer, module: LightningModule) -> None
         trainer.strategy.exclude_frozen_parameters = True  # type: ignore[attr-defined]
         module.strict_loading = False
         session.report(NAME, "DeepSpeed leaves frozen parameters out of its checkpoints; it checks no names on loading")
-    elif kind == "fsdp1":
-        session.report(NAME, "on FSDP1 checkpoints hold the frozen base too; use FSDP2 to leave it out", warning=True)
-    else:
+    elif kind != "fsdp1":  # there the compatibility table refuses every method that asks for this
         attach_filter(trainer, export_peft=False)
 
 

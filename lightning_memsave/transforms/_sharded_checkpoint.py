@@ -6,6 +6,7 @@ its shards, and one file with whole tensors. Every function here is collective: 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,9 @@ def read_folder(path: Path) -> dict[str, Any]:
 
     """
     state = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in _under("state_dict", _shapes(path)).items()}
-    load_shards({"state_dict": state}, storage_reader=FileSystemReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        load_shards({"state_dict": state}, storage_reader=FileSystemReader(path), no_dist=True)
     extra: dict[str, Any] = torch.load(path / _EXTRA, map_location="cpu", weights_only=True)
     return {**extra, "state_dict": state}
 

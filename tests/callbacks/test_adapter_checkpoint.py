@@ -298,6 +298,20 @@ def test_spawned_training_says_where_the_adapters_are() -> None:
         attach_adapter_checkpoint(trainer, LitLM())
 
 
+def test_deepspeed_is_told_to_leave_frozen_parameters_out(caplog: pytest.LogCaptureFixture) -> None:
+    from lightning_memsave.callbacks._checkpoint import attach_adapter_checkpoint
+
+    class DeepSpeedStrategy:  # the class is known by its name; the library is optional
+        exclude_frozen_parameters = False
+
+    trainer, module = make_trainer(), LitLM()
+    strategy = trainer._accelerator_connector.strategy = DeepSpeedStrategy()
+    attach_adapter_checkpoint(trainer, module)
+    assert strategy.exclude_frozen_parameters is True
+    assert module.strict_loading is False
+    assert "DeepSpeed leaves frozen parameters out of its checkpoints" in caplog.text
+
+
 # -- PEFT folders -------------------------------------------------------------------------------------------------
 class LitLlama(pl.LightningModule):
     """A Hugging Face model below the LightningModule's own prefix."""
