@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_memsave.memory._inventory import parameter_owners
 from lightning_memsave.memory.ledger import OPTIMIZER_MODULE, PHASES
 
 __all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "VALIDATION", "Place", "graph_task"]
@@ -33,7 +34,8 @@ class Place:
 
     def __init__(self, module: nn.Module) -> None:
         self.names = {id(m): name for name, m in module.named_modules()}
-        self.owners: dict[int, str] = {}  # id(parameter) -> qualified name of its module
+        self.owners = parameter_owners(module)
+        self.known = frozenset(self.owners)  # parameters that were there before the step
         self.phase = FORWARD  # of code outside of modules, backward and optimizer steps
         self.pinned = False  # the phase holds whatever runs
         self.optimizer_steps = 0  # that we are inside of
@@ -63,6 +65,11 @@ class Place:
         if phase == BACKWARD and len(self._stack) <= self._base:  # and no module is being recomputed
             return self._module_of(torch._C._current_autograd_node())
         return self._stack[-1] if self._stack else ""
+
+    def accumulates(self) -> bool:
+        """Return whether the engine is handing a gradient to its parameter (and to DDP's hooks there)."""
+        node: Any = torch._C._current_autograd_node()
+        return node is not None and bool(node._sequence_nr() >= _ACCUMULATE)
 
     def begin_backward(self) -> None:
         """Note that the engine starts."""

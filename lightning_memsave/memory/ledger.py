@@ -20,7 +20,7 @@ decided by what it *becomes*, so that a gradient is a gradient from the moment i
     Everything else made during the step: forward intermediates that nobody kept, gradients of activations,
     intermediates of the optimizer.
 ``other``
-    Older than the step and none of the above: metric states, constants, communication buffers.
+    None of the above: metric states, constants and whatever else is older than the step; the buckets of DDP.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 __all__ = [
     "ACTIVATIONS",
     "CATEGORIES",
+    "COMMUNICATION",
     "FROZEN_WEIGHTS",
     "GRADIENTS",
     "INPUTS",
@@ -71,6 +72,7 @@ CATEGORIES = (
 PHASES = ("forward", "backward", "optimizer", "validation")
 
 UNTRACKED = "(untracked)"  # stands for a module: bytes that were on the device before and belong to no tensor we know
+COMMUNICATION = "(communication)"  # stands for a module: buffers that gradients are copied into for other ranks
 OPTIMIZER_MODULE = "(optimizer)"  # stands for a module: what optimizer steps allocate for themselves
 _TIMELINE_POINTS = 600
 
@@ -137,6 +139,14 @@ class Log:
     marks: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     untracked_bytes: int = 0
+
+    def predate(self, block: Block) -> None:
+        """Count a block as older than the log, although it was seen late."""
+        if block.born >= 0:
+            _, nbytes, phase = self.events[block.born]
+            self.events[block.born] = (block, 0, phase)
+            self.initial.append((block, nbytes))
+            block.born = -1
 
     def main_device(self) -> str:
         """Return the device type the step ran on: the accelerator if it made or held bytes, else who made the most."""

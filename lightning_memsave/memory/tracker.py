@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.optim import Optimizer
@@ -15,14 +16,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_memsave.errors import ConfigurationError
+from lightning_memsave.memory._inventory import Held, gradients_of, module_state, state_of
 from lightning_memsave.memory._place import BACKWARD, FORWARD, OPTIMIZER, VALIDATION, Place, graph_task
 from lightning_memsave.memory._reach import is_wrapper, storages, tensors_in
 from lightning_memsave.memory._resizes import resizes_seen_by
 from lightning_memsave.memory.ledger import (
+    COMMUNICATION,
     FROZEN_WEIGHTS,
-    GRADIENTS,
     INPUTS,
-    OPTIMIZER_STATE,
     OTHER,
     PHASES,
     WEIGHTS,
@@ -66,6 +67,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._task = -1  # the autograd engine's run
         self._recomputing = False
         self._used = False
+        self._distributed = dist.is_available() and dist.is_initialized()
 
     # -- life -----------------------------------------------------------------------------------------------------
     def __enter__(self) -> MemoryTracker:
@@ -75,7 +77,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._used = True
         self._place = Place(self._module)  # as the model is now, in the thread that runs it
         try:
-            self._register_module()
+            self._claim_all(module_state(self._module, self._optimizers))
+            self._claim_gradients(self._module.parameters())
             for optimizer in self._optimizers:
                 self._claim_state(optimizer)
             self.add_inputs(self._inputs)
@@ -112,7 +115,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         keep.callback(register_optimizer_step_post_hook(self._after_step).remove)
         keep.enter_context(resizes_seen_by(self._resized))
         for parameter in self._module.parameters():
-            if parameter.requires_grad and parameter.is_leaf:
+            if parameter.requires_grad and parameter.is_leaf and id(parameter) in self._place.owners:
                 handle = parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
                 keep.callback(handle.remove)
 
@@ -144,26 +147,6 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return measure(self.log, device)
 
     # -- memory that exists, and memory that gets its name ------------------------------------------------------------
-    def _register_module(self) -> None:
-        held = {id(p) for o in self._optimizers for group in o.param_groups for p in group["params"]}
-        for name, module in self._module.named_modules():
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in self._place.owners:
-                    self._place.owners[id(parameter)] = name
-                    trained = parameter.requires_grad or id(parameter) in held
-                    self._claim(parameter, WEIGHTS if trained else FROZEN_WEIGHTS, name)
-                    for tensor in tensors_in(list(parameter.__dict__.values())):
-                        self._claim(tensor, FROZEN_WEIGHTS, name)
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    self._claim(buffer, FROZEN_WEIGHTS, name)
-        for name, module in self._module.named_modules():
-            for key, value in module.__dict__.items():
-                if key not in ("_parameters", "_buffers", "_modules"):
-                    for tensor in tensors_in(value, enter=_is_quantization_state):
-                        self._claim(tensor, OTHER, name, first=True)
-        self._claim_gradients(self._module.parameters())
-
     def _claim(self, tensor: Tensor, category: str, module: str, *, first: bool = False) -> None:
         """Give a tensor's storages their category; weights keep theirs.
 
@@ -185,17 +168,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif not (first and block.category) and block.category not in (WEIGHTS, FROZEN_WEIGHTS):
                 block.category, block.module = category, module
 
+    def _claim_all(self, held: Iterable[Held]) -> None:
+        for tensor, category, module in held:
+            self._claim(tensor, category, module, first=category == OTHER)
+
     def _claim_gradients(self, parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                self._claim(parameter.grad, GRADIENTS, self._place.owners.get(id(parameter), ""))
+        self._claim_all(gradients_of(parameters, self._place.owners))
 
     def _claim_state(self, optimizer: Optimizer) -> None:
-        for parameter, state in list(optimizer.state.items()):
-            owner = self._place.owners.get(id(parameter), "")
-            for tensor in tensors_in(state):
-                if tensor is not parameter and tensor is not getattr(parameter, "grad", None):
-                    self._claim(tensor, OPTIMIZER_STATE, owner)
+        self._claim_all(state_of(optimizer, self._place.owners))
 
     # -- births and deaths ------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,6 +197,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._observe(args, self._found)
             if kwargs:
                 self._observe(kwargs.values(), self._found)
+        if self._distributed and task != -1 and func._schema.is_mutable:
+            self._see_communication(kwargs.get("out") if kwargs else None, args)
         if isinstance(out, Tensor):
             self._observe((out,), self._born)
         elif out is not None:
@@ -260,6 +243,21 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             block = self._blocks.get(storage._cdata)
             if block is not None:
                 block.category = OTHER
+
+    def _see_communication(self, out: Any, args: Any) -> None:
+        """Recognise DDP's buckets: gradient accumulators write into them, and no operation of the step made them.
+
+        They live from the first step on (rebuilt in the forward of the second), whenever they are seen first.
+        """
+        target = out if isinstance(out, Tensor) else args[0] if args and isinstance(args[0], Tensor) else None
+        if target is None or not self._place.accumulates():
+            return
+        for storage, _ in storages(target):
+            block = self._blocks.get(storage._cdata)
+            if block is not None and block.category in (None, OTHER) and (block.candidate or block.category):
+                if block.category == OTHER:
+                    self.log.predate(block)
+                block.category, block.module = OTHER, COMMUNICATION
 
     def _watch(self, storage: torch.UntypedStorage, block: Block) -> None:
         reference = _Reference(storage, self._died)
@@ -317,7 +315,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name is None:
             return
         for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in self._place.owners:  # unsharded for this forward only
+            if parameter is not None and id(parameter) not in self._place.known:  # lazy, or unsharded for this forward
+                self._place.owners[id(parameter)] = name
                 self._claim(parameter, WEIGHTS if parameter.requires_grad else FROZEN_WEIGHTS, name)
         self._place.leave(name)
 
@@ -379,7 +378,3 @@ def track_memory(module: nn.Module, *, optimizers: Iterable[Optimizer] = (), inp
 
     """
     return MemoryTracker(module, optimizers, inputs)
-
-
-def _is_quantization_state(value: Any) -> bool:
-    return type(value).__module__.startswith(("bitsandbytes.", "torchao."))

@@ -370,6 +370,30 @@ def test_every_rank_is_measured_and_the_first_one_writes(ranks, tmp_path):
     assert written["by_rank"] == [result[1] for result in results]
 
 
+def _rank_buckets(rank, view):
+    from lightning.pytorch.strategies import DDPStrategy
+
+    peaks = []
+    for step in (2, 3):
+        callback = MemoryProfiler(steps=(step,), formats=())
+        trainer = make_trainer(devices=2, strategy=DDPStrategy(gradient_as_bucket_view=view), callbacks=[callback])
+        trainer.fit(LitLM(), make_loader(batch_size=4))
+        report = last_report()
+        assert sum(report.by_category.values()) == report.peak_bytes
+        peaks.append((report.peak_bytes, report.by_module.get("(communication)", 0), report.by_phase["optimizer"]))
+    return peaks
+
+
+def test_buckets_of_ddp_are_the_size_of_the_gradients(ranks):
+    gradients = sum(p.numel() * 4 for p in LitLM().parameters())
+    for own, views in zip(ranks(_rank_buckets, False), ranks(_rank_buckets, True)):
+        assert own[0] == own[1]  # rebuilt in the second step, found late in the third: the same bytes
+        assert views[0] == views[1]
+        assert own[0][1] == gradients
+        assert views[0][1] == 0  # the gradients themselves are the buckets
+        assert own[0][2] - views[0][2] == gradients
+
+
 def _rank_sharded(rank):
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard

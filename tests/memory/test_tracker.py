@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -362,6 +363,18 @@ def test_a_tracker_is_for_one_step():
         pass
     with pytest.raises(ConfigurationError, match="make a new one"), tracker:
         pass
+
+
+def test_lazy_parameters_are_weights_from_their_first_forward():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once a process that lazy modules are under development
+        model = nn.Sequential(nn.LazyLinear(8), nn.ReLU())
+    with track_memory(model, inputs=(batch := torch.ones(16, 4))) as tracker:
+        model(batch).sum().backward()
+    found = tracker.measurement().by_category
+    assert (found["weights"], found["inputs"]) == ((4 * 8 + 8) * 4, INPUTS)
+    made = [(b.settle(tracker.log.marks), b.module, change) for b, change, _ in tracker.log.events]
+    assert ("gradients", "0", 4 * 8 * 4) in made
 
 
 def test_validation_holds_its_phase():
