@@ -130,12 +130,41 @@ def _targets(root: nn.Module, names: list[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in names) if over else list(names)
 
 
-def config_problems(saved: Mapping[str, Mapping[str, Any]], here: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the settings that change what equal adapter weights compute, where they differ."""
-    problems = []
-    for name in saved.keys() & here.keys():
-        for key in ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora"):
-            there, now = saved[name].get(key), here[name].get(key)
-            if (there or None) != (now or None):
-                problems.append(f"its adapters were trained with {key}={there!r}, and the module's have {key}={now!r}.")
-    return problems
+def config_problems(saved: Mapping[str, Mapping[str, Any]], module: nn.Module) -> list[str]:
+    """Return the settings that change what equal adapter weights compute, where a module's differ from saved ones.
+
+    Args:
+        saved: Root name -> PEFT configuration.
+        module: The module that carries the adapters.
+
+    """
+    found: dict[str, str] = {}
+    for name, root in adapter_roots(module).items():
+        config = saved.get(name)
+        if config is None:
+            continue
+        for layer in adapted_layers(root):
+            if layer.rank != _setting(config, "r", "rank_pattern", layer.name):
+                continue  # seen by the shapes
+            there = {
+                "lora_alpha": _setting(config, "lora_alpha", "alpha_pattern", layer.name),
+                "use_rslora": bool(config.get("use_rslora")) and layer.rank > 1,
+                "use_dora": bool(config.get("use_dora")),
+            }
+            here = {"lora_alpha": layer.alpha, "use_rslora": layer.rank_stabilized, "use_dora": layer.dora}
+            for key, value in there.items():
+                if value != here[key]:
+                    found.setdefault(
+                        key,
+                        f"its adapters were trained with {key}={value!r}, and the module's have {key}={here[key]!r} "
+                        f"(first: {layer.name}).",
+                    )
+    return list(found.values())
+
+
+def _setting(config: Mapping[str, Any], key: str, patterns: str, name: str) -> Any:
+    """Return a layer's rank or alpha as PEFT reads it: the first pattern that ends its name, else the common one."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return config.get(key)

@@ -24,13 +24,13 @@ from lightning_memsave.transforms._checkpoint_state import (
     shape_problems,
 )
 
-__all__ = ["adapter_configs", "load_adapters", "read_checkpoint", "read_peft", "write_peft"]
+__all__ = ["REBASED", "adapter_configs", "load_adapters", "read_checkpoint", "read_peft", "write_peft"]
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 # ways to start an adapter that also change the weights it lies on
-_REBASED = ("corda", "loftq", "olora", "pissa")
+REBASED = ("corda", "loftq", "olora", "pissa")
 
 
 def load_adapters(module: nn.Module, path: str | Path) -> int:
@@ -158,7 +158,7 @@ def write_peft(module: nn.Module, state: Mapping[str, Any], folder: str | Path) 
     configs = adapter_configs(module)
     trained = {canonical(n) for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     for root, config in configs.items():
-        if config["init_lora_weights"] in _REBASED:
+        if config["init_lora_weights"] in REBASED:
             raise ConfigurationError(
                 f"Export to PEFT's format: adapters started with init_lora_weights={config['init_lora_weights']!r} lie "
                 "on a changed base, and the file would be wrong on the original one. Start them in the usual way."
@@ -254,7 +254,7 @@ def _load_peft(module: nn.Module, folder: Path) -> int:
     expected = set(_peft_names(module, f"{root}." if root else ""))
     problems = key_problems(expected - set(loaded), set(loaded) - set(here), loaded, here)
     problems += shape_problems(loaded, module, here)
-    problems += config_problems({root: config}, configs)
+    problems += config_problems({root: config}, module)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise CheckpointMismatchError(f"{str(folder)!r} does not fit this {type(module).__name__}:\n{listed}")

@@ -197,7 +197,7 @@ def match_state(
         expected -= {
             key for key in expected - set(loaded) if key in base and compare(base[key], weights[key]) == "equal"
         }
-        problems += config_problems(record["adapters"], adapter_configs(module))
+        problems += config_problems(record["adapters"], module)
         base_problems, base_notes = _base_problems(base, weights, loaded)
         problems += base_problems
         notes += base_notes

@@ -301,11 +301,11 @@ def test_spawned_training_says_where_the_adapters_are() -> None:
 def test_deepspeed_is_told_to_leave_frozen_parameters_out(caplog: pytest.LogCaptureFixture) -> None:
     from lightning_memsave.callbacks._checkpoint import attach_adapter_checkpoint
 
-    class DeepSpeedStrategy:  # the class is known by its name; the library is optional
+    class DeepSpeedStrategy(pl.strategies.SingleDeviceStrategy):  # known by its name; the library is optional
         exclude_frozen_parameters = False
 
     trainer, module = make_trainer(), LitLM()
-    strategy = trainer._accelerator_connector.strategy = DeepSpeedStrategy()
+    strategy = trainer._accelerator_connector.strategy = DeepSpeedStrategy("cpu")
     attach_adapter_checkpoint(trainer, module)
     assert strategy.exclude_frozen_parameters is True
     assert module.strict_loading is False
