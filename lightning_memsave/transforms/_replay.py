@@ -13,50 +13,61 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_memsave.errors import ConfigurationError
 
-__all__ = ["ForwardState"]
+__all__ = ["ForwardHabits", "ForwardState"]
 
 _HOOKS = tuple(key for key in nn.Module().__dict__ if key.startswith("_forward_"))
-_STANDARD = frozenset(nn.Module().__dict__) - {"training"}
+# Structure, not state: never put back (a sharded strategy swaps parameters between forward and backward).
+_STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
 _MISSING = object()
 # Tensors up to this size are copied at every forward, since they may change; larger ones once they were seen to.
 _SMALL = 2**16
 
 
-class ForwardState:
-    """What one forward of a block found on its modules.
+@dataclass
+class ForwardHabits:
+    """What the forwards of one block were seen to do; shared by all of them.
 
     Args:
-        block: The block whose forward is about to run.
-        learned: Names of large tensors that were seen to change; filled here, shared by all forwards of the block.
-        first: This is the block's first forward: compare values too, since some kernels change a tensor unseen.
+        calls: How many there were.
+        writes: Names of the tensors they change.
+        draws: ``training`` flag -> whether they draw Python or NumPy random numbers.
 
     """
 
-    def __init__(self, block: nn.Module, learned: set[str], *, first: bool) -> None:
-        self._learned = learned
-        self._first = first
-        self._random = _random_states()
-        self._modules = list(block.named_modules())
-        self._attributes = [_attributes(module) for _, module in self._modules]
-        self._hooks = [_hooks(module) for _, module in self._modules]
-        self._buffers = [dict(module._buffers) for _, module in self._modules]
-        self._flags = [
-            {key: p.requires_grad for key, p in module._parameters.items() if p is not None}
-            for _, module in self._modules
-        ]
-        self._copies: dict[tuple[int, str], tuple[Tensor, Tensor, int]] = {}
+    calls: int = 0
+    writes: set[str] = field(default_factory=set)
+    draws: dict[bool, bool] = field(default_factory=dict)
+
+
+class ForwardState:
+    """What one forward of a block finds on its modules.
+
+    Args:
+        block: The block whose forward is about to run.
+        habits: Those of the block.
+
+    """
+
+    def __init__(self, block: nn.Module, habits: ForwardHabits) -> None:
+        self._block, self._habits, self._training = block, habits, block.training
+        self._random = _random_states() if habits.draws.get(block.training, True) else ()
+        self._modules = list(block.modules())
+        self._attributes = [dict(module.__dict__) for module in self._modules]
+        self._hooks = [{k: OrderedDict(h) for k in _HOOKS if (h := m.__dict__.get(k))} for m in self._modules]
+        self._buffers = [dict(module._buffers) for module in self._modules]
+        self._flags = [[(k, p.requires_grad) for k, p in m._parameters.items() if p is not None] for m in self._modules]
+        self._copies: list[tuple[int, str, Tensor, Tensor, int]] = []
         for index, key, tensor in self._tensors():
-            kept = first or tensor.numel() <= _SMALL or self._name(index, key) in learned
-            copy = tensor.detach().clone() if kept else tensor
-            self._copies[index, key] = (tensor, copy, tensor._version)
+            kept = not habits.calls or tensor.numel() <= _SMALL or self._name(index, key) in habits.writes
+            self._copies.append((index, key, tensor, tensor.detach().clone() if kept else tensor, tensor._version))
 
     def settle(self, name: str) -> None:
         """Drop what the forward did not change.
@@ -68,43 +79,46 @@ class ForwardState:
             ConfigurationError: If a large tensor changed that never changed before, so that no copy was made.
 
         """
-        if _same_random_states(self._random):
+        drew = bool(self._random) and not _equal_random_states(self._random, _random_states())
+        self._habits.draws[self._training] = self._habits.draws.get(self._training, False) or drew
+        if not drew:
             self._random = ()
-        for (index, key), (tensor, copy, version) in list(self._copies.items()):
+        changed = [entry for entry in self._copies if self._changed(*entry)]
+        self._copies = changed
+        self._habits.calls += 1
+        for index, key, tensor, copy, _ in changed:
             path = self._name(index, key)
-            changed = tensor._version != version or path in self._learned
-            if not changed and self._first and tensor.numel() <= _SMALL and not tensor.is_meta:
-                changed = not torch.equal(copy, tensor)
-            if not changed:
-                del self._copies[index, key]
-            elif copy is tensor:
-                self._learned.add(path)
+            self._habits.writes.add(path)
+            if copy is tensor:
                 raise ConfigurationError(
-                    f"ActivationCheckpointing: {name}.{path} ({tensor.numel():,} values) was changed in place by a "
-                    "forward for the first time after the block's first call, and recomputing needs its old value. "
-                    f"Call the block once with the change before training, or leave {name!r} out with modules=[...]."
+                    f"ActivationCheckpointing: {name}.{path} ({tensor.numel():,} values) was changed in place for the "
+                    "first time after the block's first forward, and recomputing needs its old value. "
+                    f"Leave {name!r} out: name the other blocks with modules=[...]."
                 )
-            else:
-                self._learned.add(path)
+
+    def _changed(self, index: int, key: str, tensor: Tensor, copy: Tensor, version: int) -> bool:
+        if tensor._version != version or (self._habits.writes and self._name(index, key) in self._habits.writes):
+            return True
+        # Some kernels write without saying so; compare once.
+        return not self._habits.calls and tensor.numel() <= _SMALL and not _equal(copy, tensor)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Put the state back to what the forward found, and on exit to what it is now."""
         undo: list[tuple[Any, Any, Any]] = []
         flags: list[tuple[nn.Parameter, bool]] = []
-        random_now = _random_states() if self._random else ()
+        now = _random_states() if self._random else ()
         try:
-            for index, (_, module) in enumerate(self._modules):
-                _install(module.__dict__, self._attributes[index], _attributes(module), undo)
-                _install(module.__dict__, self._hooks[index], _hooks(module), undo)
-                _install(module._buffers, self._buffers[index], dict(module._buffers), undo)
-                for key, tensor in self._fresh(index, module):
-                    _set(module._buffers if key in module._buffers else module.__dict__, key, tensor, undo)
-                for key, flag in self._flags[index].items():
+            for index, module in enumerate(self._modules):
+                self._put_back(index, module, undo)
+                for key, flag in self._flags[index]:
                     parameter = module._parameters.get(key)
                     if parameter is not None and parameter.requires_grad != flag:
                         flags.append((parameter, parameter.requires_grad))
                         parameter.requires_grad_(flag)
+            for index, key, _, copy, _ in self._copies:
+                module = self._modules[index]
+                _set(module._buffers if key in module._buffers else module.__dict__, key, copy.clone(), undo)
             _set_random_states(self._random)
             yield
         finally:
@@ -115,29 +129,32 @@ class ForwardState:
                     container[key] = value
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            _set_random_states(random_now)
+            _set_random_states(now)
 
-    def _fresh(self, index: int, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors to write on during the replay, so that nothing is updated twice."""
-        for (at, key), (_, copy, _) in self._copies.items():
-            if at == index:
-                yield key, copy.clone()
+    def _put_back(self, index: int, module: nn.Module, undo: list[tuple[Any, Any, Any]]) -> None:
+        _install(module.__dict__, self._attributes[index], undo)
+        _install(module._buffers, self._buffers[index], undo)
+        for key in _HOOKS:
+            before, current = self._hooks[index].get(key), module.__dict__.get(key)
+            if (before or current) and before != current:
+                _set(module.__dict__, key, OrderedDict(before or ()), undo)
         if _updates_statistics(module):
             for key, tensor in module._buffers.items():
                 if tensor is not None:
-                    yield key, tensor.clone()
+                    _set(module._buffers, key, tensor.clone(), undo)
 
     def _tensors(self) -> Iterator[tuple[int, str, Tensor]]:
-        for index, (_, module) in enumerate(self._modules):
+        """Yield the tensors a forward may write on."""
+        for index, module in enumerate(self._modules):
             if _updates_statistics(module):
-                continue  # Their outputs do not depend on the statistics: a copy made for the replay will do.
+                continue  # Its output does not depend on the statistics: a copy made for the replay will do.
             for values in (self._buffers[index], self._attributes[index]):
                 for key, value in values.items():
                     if isinstance(value, Tensor) and not value.is_inference() and not value.requires_grad:
                         yield index, key, value
 
     def _name(self, index: int, key: str) -> str:
-        name = self._modules[index][0]
+        name = next(name for name, module in self._block.named_modules() if module is self._modules[index])
         return f"{name}.{key}" if name else key
 
 
@@ -145,20 +162,13 @@ def _updates_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.training and module.track_running_stats
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if key not in _STANDARD}
-
-
-def _hooks(module: nn.Module) -> dict[str, Any]:
-    return {key: OrderedDict(module.__dict__[key]) for key in _HOOKS if key in module.__dict__}
-
-
-def _install(container: Any, before: dict[str, Any], now: dict[str, Any], undo: list[tuple[Any, Any, Any]]) -> None:
-    for key in before.keys() | now.keys():
-        value, current = before.get(key, _MISSING), now.get(key, _MISSING)
-        same = value == current if isinstance(value, OrderedDict) else value is current
-        if not same:
+def _install(container: Any, before: dict[str, Any], undo: list[tuple[Any, Any, Any]]) -> None:
+    for key, value in before.items():
+        if container.get(key, _MISSING) is not value and key not in _STRUCTURE:
             _set(container, key, value, undo)
+    if len(container) > len(before):
+        for key in [key for key in container if key not in before]:
+            _set(container, key, _MISSING, undo)
 
 
 def _set(container: Any, key: str, value: Any, undo: list[tuple[Any, Any, Any]]) -> None:
@@ -169,18 +179,24 @@ def _set(container: Any, key: str, value: Any, undo: list[tuple[Any, Any, Any]])
         container[key] = value
 
 
-# -- the random states that torch does not replay ----------------------------------------------------
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if first.is_meta or first.is_sparse:
+        return True
+    return bool(((first == second) | ((first != first) & (second != second))).all())
+
+
+# -- the random states that torch does not replay ----------------------------------------------------------------------
 def _random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (random.getstate(), numpy.random.get_state() if numpy is not None else None)
 
 
-def _same_random_states(states: tuple[Any, ...]) -> bool:
-    python, numpy = states
-    now_python, now_numpy = _random_states()
-    if numpy is None or now_numpy is None:
-        return bool(python == now_python)
-    return bool(python == now_python and numpy[2] == now_numpy[2] and (numpy[1] == now_numpy[1]).all())
+def _equal_random_states(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    if first[0] != second[0]:
+        return False
+    if first[1] is None or second[1] is None:
+        return first[1] is second[1]
+    return bool(first[1][2:] == second[1][2:] and (first[1][1] == second[1][1]).all())
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_memsave.errors import ConfigurationError
 from lightning_memsave.transforms._pass import Applied
 from lightning_memsave.transforms._patch import InstanceForward, patch_forward
-from lightning_memsave.transforms._replay import ForwardState
-from lightning_memsave.transforms._selective import keep_products
+from lightning_memsave.transforms._recompute import SUBJECT, RecomputeCounts, recomputed_forward, running
+from lightning_memsave.transforms._replay import ForwardHabits
 from lightning_memsave.transforms.blocks import Block, select_blocks
 
 __all__ = [
@@ -34,25 +30,8 @@ __all__ = [
 ]
 
 POLICIES = ("full", "selective", "every_n")
-_SUBJECT = "ActivationCheckpointing"
 # What transformers and diffusers, and timm, call the switch of their own checkpointing.
 _OWN_SWITCHES = ("gradient_checkpointing", "grad_checkpointing")
-
-
-@dataclasses.dataclass
-class RecomputeCounts:
-    """How often a checkpointed block ran.
-
-    Args:
-        calls: Forwards whose activations were left to be recomputed.
-        recomputed: Forwards that ran again in a backward.
-        passed: Forwards that kept everything as usual, since no gradient was asked for.
-
-    """
-
-    calls: int = 0
-    recomputed: int = 0
-    passed: int = 0
 
 
 def checkpoint_blocks(
@@ -75,15 +54,15 @@ def checkpoint_blocks(
         ConfigurationError: If a selected block is recomputed already, or cannot be changed; nothing was changed then.
 
     """
-    blocks = select_blocks(root, patterns, subject=_SUBJECT)
+    blocks = select_blocks(root, patterns, subject=SUBJECT)
     if policy == "every_n":
         blocks = _every_nth(blocks, every_n)
     switches = _own_switches(root, blocks, everywhere=tuple(patterns) == ("auto",))
     _refuse(root, blocks)
     undo: list[Callable[[], None]] = [_turn_off(module, switch) for _, module, switch in switches]
     for block in blocks:
-        options = {"name": block.name, "policy": policy, "counts": RecomputeCounts(), "learned": set()}
-        undo.append(patch_forward(block.module, _forward, **options))
+        options = {"name": block.name, "policy": policy, "counts": RecomputeCounts(), "habits": ForwardHabits()}
+        undo.append(patch_forward(block.module, recomputed_forward, **options))
     classes = Counter(type(block.module).__name__ for block in blocks)
     what = ", ".join(f"{count} {name}" for name, count in classes.items())
     how = " except matrix products and attention" if policy == "selective" else ""
@@ -127,154 +106,20 @@ def explain_recompute_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         of_selective = "encountered during backward" in str(error) or "backward an extra time" in str(error)
-        if not _running or not (isinstance(error, CheckpointError) or of_selective):
+        if not running or not (isinstance(error, CheckpointError) or of_selective):
             raise
         if "backward an extra time" in str(error):
             advice = 'policy="selective" allows one backward through a block; use policy="full" for more.'
         else:
             advice = (
                 "Its forward does not repeat itself: it depends on data it changes, or on something outside the module "
-                f"that changed since. Leave {_running[-1]!r} out: name the other blocks with "
+                f"that changed since. Leave {running[-1]!r} out: name the other blocks with "
                 "modules=[...]."
             )
         first_line = str(error).strip().splitlines()[0]
         raise ConfigurationError(
-            f"{_SUBJECT}: recomputing {_running[-1]!r} in backward failed. {advice}\n{first_line}"
+            f"{SUBJECT}: recomputing {running[-1]!r} in backward failed. {advice}\n{first_line}"
         ) from error
-
-
-# -- one call ---------------------------------------------------------------------------------
-# The block whose recompute began last. A plain list: backward runs in a thread of autograd's.
-_running: list[str] = []
-
-
-def _forward(patch: InstanceForward, *args: Any, **kwargs: Any) -> Any:
-    """Run a block so that its backward recomputes it."""
-    context_fn = partial(create_selective_checkpoint_contexts, keep_products)
-    options: dict[str, Any] = {"context_fn": context_fn} if patch.options["policy"] == "selective" else {}
-    if torch.compiler.is_compiling():
-        return checkpoint(patch.inner, *args, use_reentrant=False, **options, **kwargs)
-    counts: RecomputeCounts = patch.options["counts"]
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
-        counts.passed += 1
-        return patch.inner(*args, **kwargs)
-    args, kwargs = _without_cache(patch, args, kwargs)
-    call = _Call(patch, args, kwargs)
-    if not call.needs_gradient():
-        counts.passed += 1
-        return patch.inner(*args, **kwargs)
-    call.begin()
-    output = checkpoint(call, *call.saved, use_reentrant=False, **options)
-    call.settle()
-    counts.calls += 1
-    return output
-
-
-class _Call:
-    """One forward of a block, and its recomputes.
-
-    The arguments are passed to ``checkpoint`` flat: it saves tensors, and keeps the random state of devices, only of
-    what it sees at the top level.
-    """
-
-    def __init__(self, patch: InstanceForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.patch = patch
-        self.arguments: tuple[Any, Any] | None = (args, kwargs)
-        leaves, self.spec = tree_flatten((args, kwargs))
-        self.num_leaves = len(leaves)
-        self.saved = [_snapshot(leaf) for leaf in leaves]
-        self.versions = [_version(leaf) for leaf in leaves]
-        self.state: ForwardState | None = None
-
-    spec: TreeSpec
-
-    def needs_gradient(self) -> bool:
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self.saved):
-            return True
-        return any(parameter.requires_grad for parameter in self.patch.module.parameters())
-
-    def begin(self) -> None:
-        options = self.patch.options
-        first = not options["counts"].calls
-        self.state = ForwardState(self.patch.module, options["learned"], first=first)
-        device = next((p.device for p in self.patch.module.parameters()), torch.device("cpu"))
-        seen = {leaf.device.type for leaf in self.saved if isinstance(leaf, Tensor)}
-        if device.type not in seen and device.type not in ("cpu", "meta"):
-            # The arguments hide their tensors (a graph object): show checkpoint the device whose random state counts.
-            self.saved.append(torch.empty(0, device=device))
-
-    def __call__(self, *saved: Any) -> Any:
-        if self.arguments is not None:
-            # The forward gets the caller's own objects, so that what it writes into them arrives.
-            (args, kwargs), self.arguments = self.arguments, None
-            return self.patch.inner(*args, **kwargs)
-        assert self.state is not None
-        _running[:] = [self.patch.options["name"]]
-        self.patch.options["counts"].recomputed += 1
-        args, kwargs = tree_unflatten([_snapshot(leaf) for leaf in saved[: self.num_leaves]], self.spec)
-        with self.state.replayed():
-            return self.patch.inner(*args, **kwargs)
-
-    def settle(self) -> None:
-        """Drop what the recompute will not need, and refuse what it cannot repeat."""
-        assert self.state is not None
-        name = self.patch.options["name"]
-        for leaf, version in zip(self.saved, self.versions):
-            if _version(leaf) != version:
-                raise ConfigurationError(
-                    f"{_SUBJECT}: {name!r} ({type(self.patch.module).__name__}) changes its input of shape "
-                    f"{tuple(leaf.shape)} in place, so it cannot be recomputed from it. Use inplace=False in its first "
-                    "layer, or leave the block out: name the other blocks with modules=[...]."
-                )
-        self.state.settle(name)
-        self.saved = []
-
-
-def _version(leaf: Any) -> int:
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
-
-
-def _snapshot(leaf: Any) -> Any:
-    """Return what to recompute from: a batch object a block may write on is copied (not the tensors in it)."""
-    if isinstance(leaf, (Tensor, nn.Module, type)) or not hasattr(leaf, "__dict__"):
-        return leaf
-    writable = dataclasses.is_dataclass(leaf) or hasattr(type(leaf), "__copy__")
-    if writable or any(isinstance(value, Tensor) for value in vars(leaf).values()):
-        return copy.copy(leaf)
-    return leaf
-
-
-def _without_cache(
-    patch: InstanceForward, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take an empty key/value cache out of the arguments: a recompute would append to it a second time."""
-    if not any(_is_cache(value) for value in (*args, *kwargs.values())):
-        return args, kwargs
-    for cache in filter(_is_cache, (*args, *kwargs.values())):
-        if _holds_state(cache, patch.module):
-            raise ConfigurationError(
-                f"{_SUBJECT}: {patch.options['name']!r} was given a key/value cache that already holds tokens, with "
-                "gradients enabled; recomputing would append to it twice. Call the model with use_cache=False or under "
-                "torch.no_grad(), or leave the block out: name the other blocks with modules=[...]."
-            )
-    args = tuple(None if _is_cache(value) else value for value in args)
-    kwargs = {key: None if _is_cache(value) else value for key, value in kwargs.items()}
-    if kwargs.get("use_cache"):
-        kwargs["use_cache"] = False
-    return args, kwargs
-
-
-def _is_cache(value: Any) -> bool:
-    return not isinstance(value, (Tensor, nn.Module)) and any(cls.__name__ == "Cache" for cls in type(value).__mro__)
-
-
-def _holds_state(cache: Any, block: nn.Module) -> bool:
-    index = next((m.layer_idx for m in block.modules() if isinstance(getattr(m, "layer_idx", None), int)), 0)
-    try:
-        return bool(cache.get_seq_length(index))
-    except (AttributeError, TypeError, ValueError):  # layers that keep a state instead of tokens
-        previous = getattr(cache, "has_previous_state", False)
-        return bool(previous() if callable(previous) else previous)
 
 
 # -- choosing ---------------------------------------------------------------------------------
@@ -291,7 +136,7 @@ def _every_nth(blocks: list[Block], every_n: int) -> list[Block]:
 def _patch_of(module: nn.Module) -> InstanceForward | None:
     forward = module.__dict__.get("forward")
     while isinstance(forward, InstanceForward):
-        if forward.call is _forward:
+        if forward.call is recomputed_forward:
             return forward
         forward = forward.inner
     return None
@@ -306,12 +151,12 @@ def _refuse(root: nn.Module, blocks: list[Block]) -> None:
         )
         if other:
             raise ConfigurationError(
-                f"{_SUBJECT}: {block.name!r} is selected, and {other!r} is recomputed already, so its forward "
+                f"{SUBJECT}: {block.name!r} is selected, and {other!r} is recomputed already, so its forward "
                 "would run more than twice. Give every ActivationCheckpointing other modules, none inside another's."
             )
         if isinstance(block.module, torch.jit.ScriptModule):
             raise ConfigurationError(
-                f"{_SUBJECT}: {block.name!r} is a TorchScript module, whose forward cannot be replaced. Use the Python "
+                f"{SUBJECT}: {block.name!r} is a TorchScript module, whose forward cannot be replaced. Use the Python "
                 "module, or name other blocks with modules=[...]."
             )
 
@@ -336,7 +181,7 @@ def _own_switches(root: nn.Module, blocks: list[Block], *, everywhere: bool) -> 
     if clash:
         name, switch = clash[0]
         raise ConfigurationError(
-            f"{_SUBJECT}: {name or type(root).__name__!r} already recomputes its layers itself ({switch}=True), and "
+            f"{SUBJECT}: {name or type(root).__name__!r} already recomputes its layers itself ({switch}=True), and "
             f'{blocks[0].name!r} was selected too. Turn the model\'s own checkpointing off, or write modules="auto" to '
             "replace it for the run."
         )
