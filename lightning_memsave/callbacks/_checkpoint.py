@@ -6,6 +6,7 @@ after the weights are loaded. So the filter hooks the methods of the strategy *i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,11 @@ def _check_spawn(session: Session) -> None:
     )
 
 
+def _peft_folder(checkpoint: Any) -> Path:
+    path = Path(checkpoint)
+    return path.with_name(f"{path.name.removesuffix('.ckpt')}-peft")
+
+
 class CheckpointFilter:
     """Hooks on one strategy: what is saved, what is checked before loading, and optimizer states by name.
 
@@ -118,6 +124,8 @@ class CheckpointFilter:
             "load_model_state_dict": self._load,
             "load_optimizer_state_dict": self._load_optimizers,
         }
+        if export_peft:
+            hooks["remove_checkpoint"] = self._remove
         if self.sharded:
             hooks["load_checkpoint"] = self._load_sharded
         self._undo = [hook_instance(self.strategy, name, around) for name, around in hooks.items()]
@@ -179,9 +187,20 @@ class CheckpointFilter:
         adapters = self._adapters() if self.export_peft else {}
         inner(checkpoint, filepath, **options)
         if self.export_peft and self.trainer.is_global_zero:
-            path = Path(filepath)
-            for line in write_peft(self.module, adapters, path.with_name(f"{path.name.removesuffix('.ckpt')}-peft")):
-                self._say(line, warning=True)
+            self._export(adapters, filepath)
+
+    def _export(self, adapters: Mapping[str, Any], filepath: Any) -> None:
+        if "://" in str(filepath):
+            self._say(f"no PEFT folder is written beside {filepath}: only local folders are supported", warning=True)
+            return
+        for line in write_peft(self.module, adapters, _peft_folder(filepath)):
+            self._say(line, warning=True)
+
+    def _remove(self, inner: Callable[..., None], filepath: Any) -> None:
+        """Remove the PEFT folder of a checkpoint that is removed, e.g. one that is not among the best any more."""
+        inner(filepath)
+        if self.trainer.is_global_zero and "://" not in str(filepath):
+            shutil.rmtree(_peft_folder(filepath), ignore_errors=True)
 
     def _record(self) -> dict[str, Any]:
         assert self.frozen is not None

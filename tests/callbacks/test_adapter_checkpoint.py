@@ -164,6 +164,35 @@ def test_on_exception_checkpoints_are_filtered_too() -> None:
     assert all(".lora_" in key for key in load(saver.ckpt_path)["state_dict"])
 
 
+def test_the_learning_rate_finder_restores_what_it_saved() -> None:
+    found = pl.callbacks.LearningRateFinder(num_training_steps=3)
+    module = LitLM()
+    make_trainer(callbacks=[*SAVERS["qlora"](), found]).fit(module, make_loader())
+    assert found.optimal_lr is not None
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_names_do_not_depend_on_compile(compiled_first: bool) -> None:
+    class Compiled(LitLM):
+        compiled = True
+
+        def configure_model(self) -> None:
+            if self.compiled and not hasattr(self.net.blocks[0], "_orig_mod"):
+                self.net.blocks[0] = torch.compile(self.net.blocks[0], backend="eager")
+
+    class Plain(Compiled):
+        compiled = False
+
+    first, second = (Compiled, Plain) if compiled_first else (Plain, Compiled)
+    trained, fresh = first(), second()
+    fit(trained, SAVERS["lora"](), "a")
+    assert not any("_orig_mod" in key for key in load("a/epoch=0.ckpt")["state_dict"])
+    make_trainer(callbacks=SAVERS["lora"]()).validate(fresh, make_loader(), ckpt_path="a/epoch=0.ckpt", verbose=False)
+    first_state = {key.replace("._orig_mod", ""): value for key, value in trained.state_dict().items()}
+    second_state = {key.replace("._orig_mod", ""): value for key, value in fresh.state_dict().items()}
+    torch.testing.assert_close(first_state, second_state, rtol=0, atol=0)
+
+
 def test_the_users_own_callback_takes_the_place_of_the_attached_one() -> None:
     for order in (lambda s: s, lambda s: s[::-1]):
         trainer = fit(LitLM(), order([*SAVERS["lora"](), AdapterCheckpoint(export_peft=True)]), "a")
@@ -405,6 +434,20 @@ def test_adapters_in_two_models_get_a_folder_each() -> None:
     apply(fresh, [LoRA(rank=2, modules=["*.q_proj", "second.0"])])
     assert load_adapters(fresh, "a/epoch=0-peft") == 6
     assert_equal(trained, fresh)
+
+
+def test_a_peft_folder_goes_with_its_checkpoint() -> None:
+    saver = ModelCheckpoint("a", filename="{epoch}", save_top_k=1)
+    savers = [LoRA(rank=4), AdapterCheckpoint(export_peft=True), saver]
+    make_trainer(callbacks=savers, max_epochs=3, enable_checkpointing=True).fit(LitLM(), make_loader())
+    assert sorted(path.name for path in Path("a").iterdir()) == ["epoch=2-peft", "epoch=2.ckpt"]
+
+
+def test_a_remote_checkpoint_says_that_no_peft_folder_is_written() -> None:
+    saver = ModelCheckpoint("memory://somewhere", filename="c")
+    savers = [LoRA(rank=4), AdapterCheckpoint(export_peft=True), saver]
+    with pytest.warns(UserWarning, match="only local folders are supported"):
+        make_trainer(callbacks=savers, enable_checkpointing=True).fit(LitLM(), make_loader())
 
 
 def test_exporting_without_adapters_is_refused() -> None:
