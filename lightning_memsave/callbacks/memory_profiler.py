@@ -91,7 +91,11 @@ class MemoryProfiler(Saver):
                 'pip install "lightning-memsave[plot]", or leave the format out.',
                 warning=True,
             )
-        session.shared(_KEY, lambda: _Run(self, session))
+        run = session.shared(_KEY, lambda: _Run(self, session))
+        if run.owner is not self:
+            session.report(
+                "MemoryProfiler", f"asked for twice; {run.owner.describe()} profiles, {self.describe()} does not"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Follow the step if it was chosen."""
@@ -167,15 +171,19 @@ class _Run:
         rank = session.trainer.global_rank
         snapshot = session.directory / f"snapshot-rank{rank}.pickle" if owner.snapshot else None
         self.recorder = StepRecorder(owner.steps, snapshot=snapshot)
+        self._reports: list[MemoryReport] = []  # of the batches of the running step
         self._written = False
 
     def end_batch(self, *, last_of_step: bool) -> None:
+        """End one batch; after the last one of a followed step, publish the step."""
         measurement = self.recorder.end_step(last_of_step=last_of_step)
-        report = self.recorder.report() if measurement is not None else None
-        if measurement is None or report is None:
+        if measurement is not None:
+            self._reports.append(MemoryReport.from_measurement(measurement))
+        if not (last_of_step and self._reports):
             return
-        set_last_report(report)  # a run that is killed later still leaves this
-        scalars: dict[str, float] = dict(MemoryReport.from_measurement(measurement).scalars())
+        set_last_report(self.recorder.report())  # a run that is killed later still leaves this
+        scalars: dict[str, float] = dict(max(self._reports, key=lambda report: report.peak_bytes).scalars())
+        self._reports.clear()
         trainer = self.session.trainer
         for target in trainer.loggers:
             target.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -35,7 +35,6 @@ class Place:
     def __init__(self, module: nn.Module) -> None:
         self.names = {id(m): name for name, m in module.named_modules()}
         self.owners = parameter_owners(module)
-        self.known = frozenset(self.owners)  # parameters that were there before the step
         self.phase = FORWARD  # of code outside of modules, backward and optimizer steps
         self.pinned = False  # the phase holds whatever runs
         self.optimizer_steps = 0  # that we are inside of

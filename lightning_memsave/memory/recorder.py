@@ -123,9 +123,7 @@ class StepRecorder:
             self._snapshot.close()
 
     def _follow(self, module: nn.Module, optimizers: Iterable[Optimizer], batch: Any, phase: str) -> None:
-        if any(
-            getattr(m, "_compiled_call_impl", None) or type(m).__name__ == "OptimizedModule" for m in module.modules()
-        ):
+        if any(_is_compiled(m) for m in module.modules()):
             self._notes[COMPILED_NOTE] = None
         tracker = MemoryTracker(module, optimizers, batch)
         requested = requested_bytes()
@@ -198,6 +196,12 @@ def write_report(report: MemoryReport, directory: Path, formats: Iterable[str]) 
         write = {"json": report.to_json, "html": report.to_html}.get(name, report.figure)
         written.append(write(path))
     return written
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether ``module.compile()``, ``torch.compile(module)`` or that of a LightningModule made it."""
+    marks = ("_compiled_call_impl", "_compiler_ctx", "_orig_mod")
+    return any(getattr(module, mark, None) is not None for mark in marks)
 
 
 def _synchronize() -> None:

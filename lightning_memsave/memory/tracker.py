@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -314,9 +315,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = self._place.names.get(id(module))
         if name is None:
             return
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in self._place.known:  # lazy, or unsharded for this forward
-                self._place.owners[id(parameter)] = name
+        for parameter in module._parameters.values():  # new ones (lazy, unsharded) and new storages (streamed)
+            if parameter is not None and not isinstance(parameter, UninitializedParameter):
+                self._place.owners.setdefault(id(parameter), name)
                 self._claim(parameter, WEIGHTS if parameter.requires_grad else FROZEN_WEIGHTS, name)
         self._place.leave(name)
 

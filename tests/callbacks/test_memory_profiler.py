@@ -153,12 +153,11 @@ def test_validate_alone_is_profiled(tmp_path):
     assert (tmp_path / "memsave" / "memory.json").exists()
 
 
-def test_other_stages_say_that_nothing_is_profiled(caplog):
-    logging.getLogger("lightning_memsave").propagate = True
+def test_other_stages_say_that_nothing_is_profiled(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning_memsave"), "propagate", True)
     trainer = make_trainer(callbacks=[MemoryProfiler()])
     with caplog.at_level(logging.INFO, "lightning_memsave"):
         trainer.test(LitLM(), make_loader(), verbose=False)
-    logging.getLogger("lightning_memsave").propagate = False
     assert "nothing is profiled in test" in caplog.text
     assert last_report() is None
 
@@ -178,6 +177,26 @@ def test_accumulated_batches_are_one_step():
     trainer.fit(LitLM(), make_loader())
     assert Batches.seen == [True, True, False, False, False, False]
     assert "optimizer" in last_report().by_phase
+
+
+def test_an_accumulated_step_is_logged_once_at_its_highest_batch(tmp_path):
+    callback = MemoryProfiler(steps=(1,), formats=())
+    report = fit(callback=callback, logger=CSVLogger(tmp_path), accumulate_grad_batches=3, default_root_dir=tmp_path)
+    header, *rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("memory/peak_bytes")
+    assert [int(float(row.split(",")[column])) for row in rows] == [report.peak_bytes]
+    assert report.by_category["gradients"] == report.by_category["weights"]  # held from the batches before
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at every input's
+def test_compiled_blocks_are_profiled_uncompiled_and_said():
+    module = LitLM()
+    for block in module.net.blocks:
+        block.compile(backend="aot_eager")
+    found = fit(module, callback=MemoryProfiler(steps=(2,), formats=()))
+    expected = fit(callback=MemoryProfiler(steps=(2,), formats=()))
+    assert any("ran uncompiled" in note for note in found.notes)
+    assert found.by_category["activations"] == expected.by_category["activations"]
 
 
 def test_an_exception_leaves_nothing_and_keeps_what_was_seen(tmp_path):
@@ -249,10 +268,16 @@ def test_fast_dev_run_is_profiled():
     assert fit(fast_dev_run=True).step == 1
 
 
-def test_two_profilers_do_not_get_in_each_others_way():
+def test_two_profilers_do_not_get_in_each_others_way(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning_memsave"), "propagate", True)
     trainer = make_trainer(callbacks=[MemoryProfiler(steps=(1,), formats=()), MemoryProfiler(steps=(1, 2), formats=())])
-    trainer.fit(LitLM(), make_loader())
+    with caplog.at_level(logging.INFO, "lightning_memsave"):
+        trainer.fit(LitLM(), make_loader())
     assert last_report().step == 1  # the first one profiles
+    assert (
+        "MemoryProfiler(steps=(1,), formats=()) profiles, MemoryProfiler(steps=(1, 2), formats=()) does not"
+        in caplog.text
+    )
     assert installed() == NOTHING
 
 

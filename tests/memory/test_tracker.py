@@ -377,6 +377,20 @@ def test_lazy_parameters_are_weights_from_their_first_forward():
     assert ("gradients", "0", 4 * 8 * 4) in made
 
 
+def test_weights_that_are_brought_in_for_a_forward_are_weights():
+    model, batch = make_mlp(), torch.ones(16, 4)
+    home = model[0].weight.data
+
+    def bring(module, args):
+        module.weight.data = home.clone()
+
+    handle = model[0].register_forward_pre_hook(bring)
+    with track_memory(model, inputs=batch) as tracker:
+        model(batch).sum().backward()
+    handle.remove()
+    assert tracker.measurement().by_module["0"]["weights"] == (4 * 8 + 8) * 4 + 4 * 8 * 4  # at home, and brought in
+
+
 def test_validation_holds_its_phase():
     model, batch = make_mlp(), torch.ones(16, 4)
     with track_memory(model, inputs=batch) as tracker:
