@@ -136,6 +136,10 @@ class CheckpointFilter:
         module: LightningModule = self.strategy.lightning_module
         return module
 
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer.state.fn is not None and self.trainer.state.fn.value == "fit"
+
     def close(self) -> None:
         """Forget the session; the hooks stay until the next run of this Trainer."""
         self.session = None
@@ -157,8 +161,9 @@ class CheckpointFilter:
         inner(trainer)
         self.frozen = Frozen(self.module)
         self.frozen.moved |= self._restored
-        kept, whole = kept_bytes(self.module)
-        self._say(f"checkpoints hold {format_bytes(kept)} of the module's {format_bytes(whole)}")
+        if self._fitting:
+            kept, whole = kept_bytes(self.module)
+            self._say(f"checkpoints hold {format_bytes(kept)} of the module's {format_bytes(whole)}")
 
     def _moved(self) -> set[str]:
         if self.frozen is None:
@@ -220,9 +225,8 @@ class CheckpointFilter:
     # -- loading --------------------------------------------------------------------------------------------------
     def _match(self, saved: Mapping[str, Any], record: Mapping[str, Any] | None) -> Matched:
         """Check a checkpoint against the module before any weight is touched."""
-        fitting = self.trainer.state.fn is not None and self.trainer.state.fn.value == "fit"
         try:
-            matched = match_state(self.module, saved, record, base_alone=not fitting)
+            matched = match_state(self.module, saved, record, base_alone=not self._fitting)
         except CheckpointMismatchError as error:
             if self.module.strict_loading:
                 raise

@@ -108,14 +108,7 @@ def merge_files(request: MergeRequest) -> MergeResult:
     model = _load_model(request)
     samples, said = _samples(request, model)
     num_quantized, trained_on = _store_as_trained(model, adapter, request.quantized_as)
-    chosen = request.base_weights
-    if chosen == "auto":
-        chosen = "dequantized" if trained_on else "original"
-    if chosen == "dequantized" and not trained_on:
-        raise ConfigurationError(
-            f"{VERB}: --base-weights dequantized, and the adapters were trained on floating weights (or do not say). "
-            "Write --base-weights original, or --quantized-as nf4 if they were trained on a 4-bit base."
-        )
+    chosen = _base_weights(request.base_weights, trained_on)
     _attach(model, adapter, request.adapter)
     expected = _logits(model, samples)
     if trained_on and chosen == "original":
@@ -139,6 +132,18 @@ def merge_files(request: MergeRequest) -> MergeResult:
         max_logit=float(expected.abs().max()),
         samples=said,
     )
+
+
+def _base_weights(asked: str, trained_on: str | None) -> str:
+    """Return what to add the adapters to: ``original`` or ``dequantized``."""
+    if asked == "auto":
+        return "dequantized" if trained_on else "original"
+    if asked == "dequantized" and not trained_on:
+        raise ConfigurationError(
+            f"{VERB}: --base-weights dequantized, and the adapters were trained on floating weights (or do not say). "
+            "Write --base-weights original, or --quantized-as nf4 if they were trained on a 4-bit base."
+        )
+    return asked
 
 
 # -- adapters -----------------------------------------------------------------------------------------------------

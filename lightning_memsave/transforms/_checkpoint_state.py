@@ -173,11 +173,7 @@ def match_state(
             one; the message lists all of it.
 
     """
-    if record is not None and record.get("format", 0) > FORMAT:
-        raise CheckpointMismatchError(
-            f"The checkpoint has format {record['format']}, and this version of lightning_memsave reads up to "
-            f"{FORMAT}. Update lightning_memsave."
-        )
+    _check_format(record)
     here = {canonical(key): key for key in module.state_dict()}
     weights = {canonical(n): p for n, p in named_parameters(module)}
     loaded = {canonical(key): value for key, value in saved.items()}
@@ -209,6 +205,14 @@ def match_state(
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise CheckpointMismatchError(f"The checkpoint does not fit this {type(module).__name__}:\n{listed}")
     return Matched({here[key]: value for key, value in loaded.items()}, notes)
+
+
+def _check_format(record: Mapping[str, Any] | None) -> None:
+    if record is not None and record.get("format", 0) > FORMAT:
+        raise CheckpointMismatchError(
+            f"The checkpoint has format {record['format']}, and this version of lightning_memsave reads up to "
+            f"{FORMAT}. Update lightning_memsave."
+        )
 
 
 def is_adapter(key: str) -> bool:

@@ -41,8 +41,8 @@ class MergeReport:
 def merge_adapters(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Add every LoRA adapter to the weight it lies on and take it out, in place.
 
-    The names of the layers are again those of the model without adapters. A quantized weight below an adapter is
-    dequantized first, to the values it stood for in training; quantizing the sum again would round the adapter away.
+    The names are again those of the model without adapters. A quantized weight below an adapter is dequantized first, to
+    the values it stood for in training; quantizing the sum again would round the adapter away.
 
     **Saves** the adapters' bytes; a dequantized 4-bit weight grows 4 times in 16 bits, 8 times in 32.
     **Numerics** bounded: one rounding of each weight to its dtype, and products in another order.
@@ -77,12 +77,7 @@ def merge_adapters(module: nn.Module, *, dtype: torch.dtype | None = None) -> Me
             f"merge_adapters: {type(module).__name__} has no LoRA adapters. Add them and load their weights first: "
             "apply(module, [LoRA(...)]), then load_adapters(module, path)."
         )
-    away = [n for n, p in module.named_parameters() if isinstance(p, DTensor) or p.device.type == "meta"]
-    if away:
-        raise ConfigurationError(
-            f"merge_adapters: {away[0]} is sharded or on the meta device, and merging needs whole weights. Load the "
-            "checkpoint into the module in one process (load_adapters) and merge there."
-        )
+    _check_in_memory(module)
     peft_linear: type = require("peft.tuners.lora", "merge_adapters").Linear
     untied, num_dequantized = [], 0
     for name, layer in layers.items():
@@ -93,9 +88,23 @@ def merge_adapters(module: nn.Module, *, dtype: torch.dtype | None = None) -> Me
         _take_frozen_forward(layer.base_layer)
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer.base_layer)
+    _forget_adapters(module)
+    return MergeReport(num_layers=len(layers), num_dequantized=num_dequantized, untied=tuple(untied))
+
+
+def _forget_adapters(module: nn.Module) -> None:
+    """Take the adapters off the list of what the module carries, so that new ones may be added."""
     record = applied_record(module)
     record[:] = [entry for entry in record if not entry["name"].startswith(("LoRA", "QLoRA"))]
-    return MergeReport(num_layers=len(layers), num_dequantized=num_dequantized, untied=tuple(untied))
+
+
+def _check_in_memory(module: nn.Module) -> None:
+    away = [n for n, p in module.named_parameters() if isinstance(p, DTensor) or p.device.type == "meta"]
+    if away:
+        raise ConfigurationError(
+            f"merge_adapters: {away[0]} is sharded or on the meta device, and merging needs whole weights. Load the "
+            "checkpoint into the module in one process (load_adapters) and merge there."
+        )
 
 
 def _take_frozen_forward(base: nn.Module) -> None:
