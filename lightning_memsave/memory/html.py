@@ -126,11 +126,11 @@ def _area(lower: list[int], upper: list[int], x: Callable[[float], float], y: Ca
 
 
 def _ticks(peak: int) -> list[float]:
-    """Return four or five round byte values from zero to the peak, round in the unit that is shown."""
+    """Return a few round byte values from zero to the peak, round in the unit that is shown."""
     _, factor = scale_of(peak)
     shown = peak / factor
     step = next(
-        (s * 10.0**e for e in range(-3, 5) for s in (1, 2, 5) if shown / (s * 10.0**e) <= 5),
+        (s * 10.0**e for e in range(-3, 5) for s in (1, 2, 5) if shown / (s * 10.0**e) <= 6),
         shown or 1.0,
     )
     return [round(i * step, 6) * factor for i in range(int(shown / step) + 1)]
