@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import lightning.pytorch  # noqa: F401  (sets an environment variable at import, which is no test's leak)
 import pytest
 import torch
 import torch.distributed as dist

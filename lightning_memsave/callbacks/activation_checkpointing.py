@@ -25,7 +25,7 @@ __all__ = ["ActivationCheckpointing"]
 
 
 class ActivationCheckpointing(ModelTransform):
-    """Recompute the activations of repeated blocks in backward instead of keeping them.
+    """Recompute activations of repeated blocks in backward instead of keeping them.
 
     **Saves** everything a block keeps for its backward except the block's arguments: for a block that keeps
     ``saved`` bytes and is given ``(batch, tokens, hidden)``,

@@ -214,7 +214,7 @@ _last: list[MemoryReport] = []
 
 
 def last_report() -> MemoryReport | None:
-    """Return the report of this process's last profiled fit, whoever built the Trainer; ``None`` if there was none.
+    """Return the report of this process's last profiled fit, or ``None``.
 
     It is the way to the numbers where a project copies callbacks or hides its Trainer.
     """
