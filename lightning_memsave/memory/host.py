@@ -90,9 +90,9 @@ def reset_host_peak() -> bool:
 
 
 def host_allocator() -> str | None:
-    """Return the name of the process allocator: glibc, musl, tcmalloc, jemalloc or mimalloc.
+    """Return the name of the process allocator.
 
-    It decides how much of the freed memory stays in the resident set, so resident sets are comparable only under the
+    One of glibc, musl, tcmalloc, jemalloc and mimalloc. It decides how much of the freed memory stays in the resident set, so resident sets are comparable only under the
     same allocator. ``None`` where this system does not say.
     """
     try:

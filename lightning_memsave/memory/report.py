@@ -23,9 +23,9 @@ _TABLE_MODULES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """The memory of one training step at its true peak; bytes are exact counts of tensor storages.
+    """The memory of one training step at its true peak.
 
-    The meaning of each category is written in ``lightning_memsave.memory.ledger``.
+    Bytes are exact counts of tensor storages. The meaning of each category is written in ``lightning_memsave.memory.ledger``.
 
     Args:
         peak_bytes: Highest sum of live tensor bytes on the training device.
@@ -156,7 +156,10 @@ class MemoryReport:
         return draw(self, Path(path))
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one page that needs no network: the timeline with hover, categories, phases and modules."""
+        """Write one page that needs no network.
+
+        It shows the timeline with what is under the pointer, the categories, the phases and the modules.
+        """
         from lightning_memsave.memory.html import render
 
         path = Path(path)

@@ -31,9 +31,9 @@ def require_cuda(subject: str) -> None:
 
 @contextmanager
 def record_snapshot(path: Path, *, max_entries: int = _MAX_ENTRIES) -> Iterator[None]:
-    """Record every allocation of the CUDA allocator inside of the block and write it, also if the block raises.
+    """Record every allocation of the CUDA allocator inside of the block.
 
-    Open the file at https://pytorch.org/memory_viz (the page works offline; nothing is uploaded).
+    The file is written also if the block raises. Open the file at https://pytorch.org/memory_viz (the page works offline; nothing is uploaded).
 
     Args:
         path: Where to write the pickle.
