@@ -32,7 +32,8 @@ def parameter_owners(module: nn.Module) -> dict[int, str]:
 
 def module_state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[Held]:
     """Yield parameters, what quantized ones carry, buffers, and the plain tensors of modules, in this order."""
-    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    # Not those an optimizer merely lists: AdamW(self.parameters()) lists the frozen base of a LoRA model too.
+    trained = {id(p) for optimizer in optimizers for p, state in optimizer.state.items() if state}
     for name, child in module.named_modules():
         for parameter in child._parameters.values():
             if parameter is not None and not isinstance(parameter, UninitializedParameter):

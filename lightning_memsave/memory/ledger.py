@@ -4,7 +4,7 @@ Memory is counted by storage: a view costs nothing, two tied parameters count on
 decided by what it *becomes*, so that a gradient is a gradient from the moment its bytes exist:
 
 ``weights``
-    Parameters that require a gradient or that an optimizer holds.
+    Parameters that require a gradient, or did so when an optimizer stepped them.
 ``frozen_weights``
     The rest of the module's state: frozen parameters, buffers, and what quantized weights carry (absmax, codes).
 ``gradients``

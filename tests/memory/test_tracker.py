@@ -248,9 +248,23 @@ def test_buffers_and_frozen_parameters_are_frozen_weights():
     found = measure_step(model, torch.ones(16, 4))
     assert found.by_category["weights"] == 2 * 8 * 4
     assert found.by_category["frozen_weights"] == (4 * 8 + 8 + 8 + 8) * 4 + 8  # and BatchNorm's int64 counter
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    held = measure_step(model, torch.ones(16, 4), optimizer)  # toggled for a while, but an optimizer holds it
-    assert held.by_category["weights"] == (4 * 8 + 8 + 2 * 8) * 4
+    model[0].requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(16, 4)).sum().backward()
+    optimizer.step()
+    model[0].requires_grad_(False)
+    stepped = measure_step(model, torch.ones(16, 4), optimizer)  # toggled for a while, but an optimizer trains it
+    assert stepped.by_category["weights"] == (4 * 8 + 8 + 2 * 8) * 4
+
+
+def test_a_frozen_weight_that_an_optimizer_lists_stays_a_frozen_weight():
+    model = nn.Linear(4, 8)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with track_memory(model, optimizers=[optimizer]) as tracker:
+        model(torch.ones(1, 4)).sum().backward()
+    found = tracker.measurement().by_category
+    assert (found["weights"], found["frozen_weights"]) == (4 * 8 * 4, 8 * 4)
 
 
 def test_quantization_state_of_4bit_weights_is_frozen_weights():
