@@ -92,8 +92,8 @@ def reset_host_peak() -> bool:
 def host_allocator() -> str | None:
     """Return the name of the process allocator.
 
-    One of glibc, musl, tcmalloc, jemalloc and mimalloc. It decides how much of the freed memory stays in the resident set, so resident sets are comparable only under the
-    same allocator. ``None`` where this system does not say.
+    One of glibc, musl, tcmalloc, jemalloc and mimalloc. It decides how much of the freed memory stays in the resident
+    set, so resident sets are comparable only under the same allocator. ``None`` where this system does not say.
     """
     try:
         maps = (_PROC / "maps").read_text()

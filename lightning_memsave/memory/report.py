@@ -25,7 +25,8 @@ _TABLE_MODULES = 10
 class MemoryReport:
     """The memory of one training step at its true peak.
 
-    Bytes are exact counts of tensor storages. The meaning of each category is written in ``lightning_memsave.memory.ledger``.
+    Bytes are exact counts of tensor storages. The meaning of each category is written in
+    ``lightning_memsave.memory.ledger``.
 
     Args:
         peak_bytes: Highest sum of live tensor bytes on the training device.

@@ -33,7 +33,8 @@ def require_cuda(subject: str) -> None:
 def record_snapshot(path: Path, *, max_entries: int = _MAX_ENTRIES) -> Iterator[None]:
     """Record every allocation of the CUDA allocator inside of the block.
 
-    The file is written also if the block raises. Open the file at https://pytorch.org/memory_viz (the page works offline; nothing is uploaded).
+    The file is written also if the block raises. Open the file at https://pytorch.org/memory_viz (the page works
+    offline; nothing is uploaded).
 
     Args:
         path: Where to write the pickle.
