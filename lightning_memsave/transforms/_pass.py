@@ -113,7 +113,10 @@ class AppliedTransforms:
             if applied.undo is not None:
                 applied.undo()
             if applied.persistent:
-                applied_record(self.module).remove({"name": transform.name, "config": transform.config})
+                record = applied_record(self.module)
+                record.remove({"name": transform.name, "config": transform.config})
+                if not record:
+                    del self.module.__dict__[_RECORD]
         self.entries.extend(reversed(kept))
 
 

@@ -16,12 +16,14 @@ from lightning_memsave._match import match_modules
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError
 
 __all__ = [
+    "HEAD_NAMES",
     "Selection",
     "check_placement",
     "head_layers",
     "is_adapter",
     "default_work_device",
     "linear_kind",
+    "networks",
     "named_adapters",
     "named_selection",
     "select_linears",
@@ -31,7 +33,7 @@ __all__ = [
 
 LinearKind = Literal["linear", "conv1d", "4bit", "8bit"]
 
-_HEADS = frozenset(
+HEAD_NAMES = frozenset(
     ("lm_head", "head", "heads", "classifier", "pre_classifier", "classification_head", "score", "cls", "qa_outputs")
     + ("embed_out", "output_head", "output_projection")
 )
@@ -132,7 +134,7 @@ def _block_prefixes(root: nn.Module) -> list[str]:
     return found
 
 
-def _networks(root: nn.Module) -> list[tuple[str, nn.Module]]:
+def networks(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the networks a module is made of: itself if it holds layers directly, else its children."""
     direct = any(linear_kind(child) for child in root.children())
     if direct or isinstance(root, (nn.Sequential, nn.ModuleList)):
@@ -150,7 +152,7 @@ def head_layers(root: nn.Module) -> set[str]:
     blocks = _block_prefixes(root)
     linears = {name: m for name, m in root.named_modules() if name and linear_kind(m)}
     outside = {name: m for name, m in linears.items() if not under(name, blocks)}
-    found = {name for name in outside if _HEADS & set(name.split("."))}
+    found = {name for name in outside if HEAD_NAMES & set(name.split("."))}
     for module in root.modules():
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter):
@@ -161,7 +163,7 @@ def head_layers(root: nn.Module) -> set[str]:
             found |= {name for name, m in linears.items() if m is output}
     embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     found |= {name for name, m in linears.items() if id(m._parameters.get("weight")) in embeddings}
-    for prefix, network in _networks(root):
+    for prefix, network in networks(root):
         names = [name for name in linears if not prefix or under(name, [prefix])]
         if names and names[-1] in outside and len(names) > 1 and any(True for _ in network.children()):
             found.add(names[-1])
@@ -215,7 +217,7 @@ def select_linears(
         root: Searched in ``named_modules`` order; itself never chosen.
         subject: The public class that asks.
         kinds: Kinds of linear layers that count.
-        skip: Globs or class names of modules to leave out, with everything below them.
+        skip: Names of modules to leave out, with everything below them.
         train: Names of modules that stay trainable.
         min_elements: Smaller weights are left out.
 
@@ -224,7 +226,6 @@ def select_linears(
 
     """
     heads, tied, kept = head_layers(root), shared_parameters(root), _kept_in_fp32(root)
-    skipped = [name for name, _ in match_modules(root, skip, subject=f"{subject} skip")] if skip else []
     inside_adapters = [name for name, _ in named_adapters(root)]
     selection = Selection()
     total = 0
@@ -234,10 +235,10 @@ def select_linears(
         total += 1
         weight: Tensor = module.get_parameter("weight")
         reason = None
-        if under(name, skipped):
+        if under(name, skip):
             reason = "skipped by name"
         elif under(name, train):
-            reason = "in train"
+            reason = "trained"
         elif name in heads:
             reason = "head"
             selection.heads.append(name)

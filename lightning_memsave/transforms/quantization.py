@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_memsave._imports import require
 from lightning_memsave._match import match_modules
-from lightning_memsave.errors import ConfigurationError
+from lightning_memsave.errors import ConfigurationError, NothingToTransformError
 from lightning_memsave.transforms._bnb_layers import (
     check_quantized,
     quantize_layer,
@@ -27,6 +27,7 @@ from lightning_memsave.transforms._selection import (
     linear_kind,
     named_adapters,
     named_selection,
+    networks,
     select_linears,
     shared_parameters,
     under,
@@ -153,27 +154,40 @@ def _check_present(root: nn.Module, settings: Quantization) -> list[str]:
 
 def _select(root: nn.Module, settings: Quantization, present: list[str]) -> Selection:
     subject = settings.subject
-    train = [n for n, _ in match_modules(root, settings.train, subject=f"{subject} train")] if settings.train else []
-    trained = [n for n in present if under(n, train)]
-    if trained:
-        raise ConfigurationError(
-            f"{subject}: train={list(settings.train)} selects {trained[0]}, whose weight is quantized."
-        )
+    train = _names(root, settings.train, f"{subject} train")
+    skip = _names(root, settings.skip, f"{subject} skip")
+    for option, prefixes in (("train", train), ("skip", skip)):
+        wrong = [name for name in present if under(name, prefixes)]
+        if wrong:
+            raise ConfigurationError(
+                f"{subject}: {option}= selects {wrong[0]}, whose weight is quantized already. Leave it out where it is "
+                f"quantized: give the same {option}= to the callback whose loading_config() the model is loaded with."
+            )
     if settings.modules != ("auto",):
-        return _named(root, settings, train)
-    frozen = [n for n, m in root.named_modules() if linear_kind(m) and not m.get_parameter("weight").requires_grad]
-    wanted = _trained_linears(root) if set(frozen) - set(present) else []
-    if not present:
+        return _named(root, settings, train, skip)
+    frozen = {n for n, m in root.named_modules() if linear_kind(m) and not m.get_parameter("weight").requires_grad}
+    # In a network that was quantized while it was loaded, what its loader left out stays as it is.
+    loaded = [prefix for prefix, _ in networks(root) if any(not prefix or under(name, [prefix]) for name in present)]
+    if "" in loaded:
+        return Selection()
+    trained = _trained_linears(root) if frozen - set(present) else []
+    try:
         return select_linears(
             root,
             subject=subject,
             kinds=("linear", "conv1d"),
-            skip=settings.skip,
-            train=[*train, *wanted],
+            skip=skip,
+            train=[*train, *loaded, *trained],
             min_elements=MIN_ELEMENTS,
         )
-    # A model that was quantized while it was loaded: what its loader left out stays as it is.
-    return Selection()
+    except NothingToTransformError:
+        if present:
+            return Selection()
+        raise
+
+
+def _names(root: nn.Module, patterns: Sequence[str], subject: str) -> list[str]:
+    return [name for name, _ in match_modules(root, patterns, subject=subject)] if patterns else []
 
 
 def _trained_linears(root: nn.Module) -> list[str]:
@@ -181,14 +195,13 @@ def _trained_linears(root: nn.Module) -> list[str]:
     return [n for n, m in root.named_modules() if linear_kind(m) and m.get_parameter("weight").requires_grad]
 
 
-def _named(root: nn.Module, settings: Quantization, train: list[str]) -> Selection:
+def _named(root: nn.Module, settings: Quantization, train: list[str], skip: list[str]) -> Selection:
     subject, tied = settings.subject, shared_parameters(root)
-    skipped = [n for n, _ in match_modules(root, settings.skip, subject=f"{subject} skip")] if settings.skip else []
     some_frozen = any(not p.requires_grad for p in root.parameters())
     selection, problems = Selection(), []
     for name in named_selection(root, settings.modules, subject=subject):
         layer = root.get_submodule(name)
-        if under(name, skipped) or linear_kind(layer) in ("4bit", "8bit"):
+        if under(name, skip) or linear_kind(layer) in ("4bit", "8bit"):
             continue
         weight = layer.get_parameter("weight")
         if id(weight) in tied:
