@@ -38,14 +38,16 @@ class Saver(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take back what does not outlive the run."""
-        _end(trainer)
+        self._end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take back what changes the model's behaviour; a checkpoint can still be written."""
-        _end(trainer)
+        self._end(trainer)
 
-
-def _end(trainer: Trainer) -> None:
-    session = Session.find(trainer)
-    if session is not None:
-        session.end()
+    def _end(self, trainer: Trainer) -> None:
+        session = Session.find(trainer)
+        if session is not None:
+            session.end()
+        # Lightning leaves the module's bound ``log`` on every callback: a copy of it would copy the whole module.
+        for name in ("log", "log_dict"):
+            self.__dict__.pop(name, None)
