@@ -41,7 +41,7 @@ class MergeReport:
 def merge_adapters(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Add every LoRA adapter to the weight it lies on and take it out, in place.
 
-    The names are again those of the model without adapters. A quantized weight below an adapter is dequantized first, to
+    The names are again those of the model without adapters. A quantized weight is dequantized first, to
     the values it stood for in training; quantizing the sum again would round the adapter away.
 
     **Saves** the adapters' bytes; a dequantized 4-bit weight grows 4 times in 16 bits, 8 times in 32.
