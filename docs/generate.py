@@ -13,7 +13,14 @@ from pathlib import Path
 
 from lightning_memsave.callbacks.presets import PRESETS
 from lightning_memsave.planner.catalog import CATALOG, Method
-from lightning_memsave.planner.compatibility import METHOD_PAIRS, METHOD_STRATEGIES, STRATEGIES, partners_refused
+from lightning_memsave.planner.compatibility import (
+    METHOD_CONDITIONS,
+    METHOD_PAIRS,
+    METHOD_STRATEGIES,
+    STRATEGIES,
+    cell,
+    partners_refused,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
@@ -65,10 +72,7 @@ def strategies() -> str:
     """Return method x strategy."""
     return table(
         ["Method", *STRATEGIES],
-        (
-            [f"`{m.name}`", *("no" if (m.name, kind) in METHOD_STRATEGIES else "yes" for kind in STRATEGIES)]
-            for m in CATALOG
-        ),
+        ([f"`{m.name}`", *(cell(m.name, kind)[0] for kind in STRATEGIES)] for m in CATALOG),
     )
 
 
@@ -76,7 +80,8 @@ def refusals() -> str:
     """Return every refusal with its reason."""
     pairs = [(" + ".join(f"`{n}`" for n in sorted(pair)), reason) for pair, reason in METHOD_PAIRS.items()]
     cells = [(f"`{method}` on {kind}", reason) for (method, kind), reason in METHOD_STRATEGIES.items()]
-    return table(["Not together", "Why, and what to write instead"], sorted(pairs) + sorted(cells))
+    conditions = [(f"`{method}` on {kind}: partly", reason) for (method, kind), reason in METHOD_CONDITIONS.items()]
+    return table(["Not together", "Why, and what to write instead"], sorted(pairs) + sorted(cells) + sorted(conditions))
 
 
 def presets() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lightning_memsave.callbacks._lightning import strategy_kind
-from lightning_memsave.planner.compatibility import check_methods
+from lightning_memsave.planner.compatibility import cell, check_methods
 from lightning_memsave.transforms._pass import AppliedTransforms, Transform, TransformPass
 from lightning_memsave.units import format_bytes
 
@@ -219,6 +219,10 @@ class Session:
     def _arm_configure_model(self, module: LightningModule) -> None:
         def configure(inner: Callable[[], Any]) -> None:
             check_methods(self.methods, self.strategy_kind)
+            untested = [name for name in self.methods if cell(name, self.strategy_kind)[0] == "untested"]
+            if untested:
+                name = type(self.trainer.strategy).__name__
+                self.report(", ".join(untested), f"not tested on {name}; compare losses")
             inner()
             self._run_pass(module)
 

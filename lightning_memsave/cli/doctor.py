@@ -57,13 +57,13 @@ def _methods() -> list[dict[str, Any]]:
     """Return, for each method of the catalog, what it lacks here and what it does not run with."""
     from lightning_memsave.cli._checks import missing_for
     from lightning_memsave.planner.catalog import CATALOG
-    from lightning_memsave.planner.compatibility import METHOD_STRATEGIES, STRATEGIES, partners_refused
+    from lightning_memsave.planner.compatibility import STRATEGIES, cell, partners_refused
 
     return [
         {
             "name": row.name,
             "missing": missing_for(row.name),
-            "strategies": {kind: METHOD_STRATEGIES.get((row.name, kind)) for kind in STRATEGIES},
+            "strategies": {kind: cell(row.name, kind) for kind in STRATEGIES},
             "refused_with": partners_refused(row.name),
         }
         for row in CATALOG
@@ -103,8 +103,9 @@ def _show_methods(console: Console, methods: list[dict[str, Any]]) -> None:
     for title in ("here", *methods[0]["strategies"]):
         table.add_column(title, no_wrap=True)
     for method in methods:
-        here = "\n".join(method["missing"]) or None
-        cells = [_cell(reason, reasons) for reason in (here, *method["strategies"].values())]
+        missing = "\n".join(method["missing"])
+        here = ("no", missing) if missing else ("yes", "")
+        cells = [_cell(status, reason, reasons) for status, reason in (here, *method["strategies"].values())]
         table.add_row(method["name"], *cells)
     console.print(table)
     for number, reason in enumerate(reasons, 1):
@@ -129,11 +130,14 @@ def _table(title: str, gap: int = 2) -> Table:
     )
 
 
-def _cell(problem: str | None, reasons: list[str]) -> Text:
+_CELLS = {"yes": "green", "partly": "yellow", "no": "red", "untested": "dim"}
+
+
+def _cell(status: str, reason: str, reasons: list[str]) -> Text:
     from rich.text import Text
 
-    if problem is None:
-        return Text("yes", style="green")
-    if problem not in reasons:
-        reasons.append(problem)
-    return Text(f"no[{reasons.index(problem) + 1}]", style="red")
+    if status in ("yes", "untested"):
+        return Text(status, style=_CELLS[status])
+    if reason not in reasons:
+        reasons.append(reason)
+    return Text(f"{status}[{reasons.index(reason) + 1}]", style=_CELLS[status])

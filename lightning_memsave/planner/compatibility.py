@@ -1,19 +1,35 @@
 """Which methods work together, and on which strategy: one table that everybody reads.
 
-The runtime check, ``memsave doctor``, the docs and the contract tests all read ``METHOD_PAIRS`` and
-``METHOD_STRATEGIES``. A pair that is not listed works. Every listed cell has a test.
+The runtime check, ``memsave doctor``, the docs and the contract tests all read this table. A pair that is not listed
+works; a cell is one of ``yes``, ``partly``, ``no`` and ``untested``. What is refused is refused before the model is
+touched, and every cell but the untested ones has a test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lightning_memsave.errors import IncompatibleMethodsError
 
-__all__ = ["METHOD_PAIRS", "METHOD_STRATEGIES", "STRATEGIES", "check_methods", "pair_problem", "partners_refused"]
+__all__ = [
+    "METHOD_CONDITIONS",
+    "METHOD_PAIRS",
+    "METHOD_STRATEGIES",
+    "STRATEGIES",
+    "UNTESTED_STRATEGIES",
+    "Cell",
+    "cell",
+    "check_methods",
+    "pair_problem",
+    "partners_refused",
+]
+
+Cell = Literal["yes", "partly", "no", "untested"]
 
 STRATEGIES = ("single", "ddp", "ddp_spawn", "fsdp1", "fsdp2", "deepspeed")
+# Need a GPU in every version of Lightning that is supported: nothing is claimed of them, and a run says so.
+UNTESTED_STRATEGIES = ("fsdp1", "deepspeed")
 
 # two methods -> why they cannot run together and what to write instead
 METHOD_PAIRS: dict[frozenset[str], str] = {
@@ -47,6 +63,38 @@ METHOD_STRATEGIES: dict[tuple[str, str], str] = {
         "Drop AdapterCheckpoint and pass DeepSpeedStrategy(exclude_frozen_parameters=True)."
     ),
 }
+
+# (method, strategy) -> the condition under which it runs
+_WHOLE_WEIGHTS = (
+    "needs whole weights: where configure_model calls fully_shard itself, call lightning_memsave.apply(self, [...]) "
+    "before it, or the run is refused"
+)
+METHOD_CONDITIONS: dict[tuple[str, str], str] = {
+    ("WeightQuantization", "fsdp2"): _WHOLE_WEIGHTS,
+    ("LoRA", "fsdp2"): _WHOLE_WEIGHTS,
+    ("QLoRA", "fsdp2"): _WHOLE_WEIGHTS,
+    ("LowMemoryOptimizer", "fsdp2"): 'only "adafactor" steps on sharded parameters; bitsandbytes names are refused',
+}
+
+
+def cell(method: str, strategy: str) -> tuple[Cell, str]:
+    """Return one cell of method x strategy with its reason or condition.
+
+    Example:
+        >>> cell("ActivationCheckpointing", "ddp")
+        ('yes', '')
+        >>> cell("EarlyZeroGrad", "deepspeed")[0]
+        'untested'
+
+    """
+    key = (method, strategy)
+    if key in METHOD_STRATEGIES:
+        return "no", METHOD_STRATEGIES[key]
+    if strategy in UNTESTED_STRATEGIES or strategy not in STRATEGIES:
+        return "untested", "nothing is known to be wrong, and nothing was tried"
+    if key in METHOD_CONDITIONS:
+        return "partly", METHOD_CONDITIONS[key]
+    return "yes", ""
 
 
 def pair_problem(first: str, second: str) -> str | None:

@@ -15,9 +15,11 @@ from lightning_memsave import IncompatibleMethodsError
 from lightning_memsave.callbacks import _session
 from lightning_memsave.planner.catalog import CATALOG, method
 from lightning_memsave.planner.compatibility import (
+    METHOD_CONDITIONS,
     METHOD_PAIRS,
     METHOD_STRATEGIES,
     STRATEGIES,
+    cell,
     check_methods,
     pair_problem,
     partners_refused,
@@ -51,6 +53,16 @@ def test_the_table_speaks_of_methods_and_strategies_that_exist() -> None:
     assert {name for name, _ in METHOD_STRATEGIES} <= set(NAMES)
     assert {kind for _, kind in METHOD_STRATEGIES} <= set(STRATEGIES)
     assert all(len(pair) == 2 for pair in METHOD_PAIRS)
+    assert not set(METHOD_CONDITIONS) & set(METHOD_STRATEGIES)
+    assert {cell(name, kind)[0] for name in NAMES for kind in STRATEGIES} == {"yes", "partly", "no", "untested"}
+
+
+def test_a_run_on_a_strategy_that_was_never_tried_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[tuple[str, str]] = []
+    monkeypatch.setattr(_session, "strategy_kind", lambda strategy: "deepspeed")
+    monkeypatch.setattr(_session.Session, "report", lambda self, name, line, **kwargs: lines.append((name, line)))
+    make_trainer(callbacks=make("ActivationCheckpointing")).fit(LitLM(), make_loader())
+    assert lines[0] == ("ActivationCheckpointing", "not tested on SingleDeviceStrategy; compare losses")
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids=" + ".join)
