@@ -32,7 +32,8 @@ class AllocatorSettings(Saver):
     than is allocated instead of 1 to 13 %, in simulated runs of 8 to 70 billion parameters.
     ``host_mmap_threshold="16MiB"`` took 342 of 2551 MB from the resident memory of a CPU fine-tune.
     **Costs** nothing measurable; a host threshold below 16 MiB costs time (4 % at 4 MiB).
-    **Numerics** are bitwise equal.
+    **Numerics** are bitwise equal, except that with ``autocast_cache`` the gradients of several uses of a weight are
+    added in 16 bits, as in autocast outside of Lightning.
     **Does not combine with** nothing known; a setting the user made in PYTORCH_ALLOC_CONF stays.
 
     Args:

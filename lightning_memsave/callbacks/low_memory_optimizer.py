@@ -10,7 +10,7 @@ from lightning_memsave.callbacks._saver import Saver
 from lightning_memsave.callbacks._session import Session
 from lightning_memsave.errors import ConfigurationError, raise_problems
 from lightning_memsave.optim.registry import OPTIMIZERS, name_problems, option_problems
-from lightning_memsave.optim.swap import Swapped, swap_optimizers
+from lightning_memsave.optim.swap import Swapped, keep_32bit_problems, swap_optimizers
 from lightning_memsave.units import format_bytes
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class LowMemoryOptimizer(Saver):
         problems = name_problems(name)
         if not problems:
             problems = option_problems(OPTIMIZERS[name], options or {})
+        problems += keep_32bit_problems(keep_32bit)
         raise_problems("LowMemoryOptimizer", problems)
         self.name = name
         self.options = options

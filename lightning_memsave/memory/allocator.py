@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
+from lightning_memsave.memory.host import host_allocator
 from lightning_memsave.units import format_bytes
 
 __all__ = [
     "allocator_configuration",
     "empty_cache",
-    "heap_library",
     "mmap_threshold_problems",
     "restore_configuration",
     "set_expandable_segments",
@@ -24,7 +22,6 @@ __all__ = [
 ]
 
 _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-_HEAPS = ("tcmalloc", "jemalloc", "mimalloc")
 # constants of <malloc.h>
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -114,27 +111,6 @@ def empty_cache(device: torch.device) -> int:
 
 
 # -- the heap ----------------------------------------------------------------------------------------------------------
-def heap_library(maps: str | None = None) -> str:
-    """Return the name of the C heap in use: ``glibc``, ``tcmalloc``, ``jemalloc``, ``mimalloc`` or another libc's.
-
-    Args:
-        maps: Text in the form of ``/proc/self/maps``, read instead of it.
-
-    Example:
-        >>> heap_library("7f00-7f01 r-xp 0 00:00 0 /usr/lib/libtcmalloc_minimal.so.4")
-        'tcmalloc'
-
-    """
-    if maps is None:
-        listing = Path("/proc/self/maps")
-        maps = listing.read_text() if listing.exists() else ""
-    loaded = {Path(line.split()[-1]).name for line in maps.splitlines() if "/" in line}
-    for heap in _HEAPS:
-        if any(name.startswith(f"lib{heap}") for name in loaded):
-            return heap
-    return platform.libc_ver()[0] or platform.system().lower()
-
-
 def set_mmap_threshold(threshold_bytes: int) -> str:
     """Make glibc map blocks of ``threshold_bytes`` and more on their own, so that freeing them returns them at once.
 
@@ -148,9 +124,10 @@ def set_mmap_threshold(threshold_bytes: int) -> str:
         mallopt(3), M_MMAP_THRESHOLD.
 
     """
-    heap = heap_library()
+    heap = host_allocator()
     if heap != "glibc":
-        return f"host_mmap_threshold has no effect: this process uses {heap}, and only glibc's heap has that setting"
+        found = heap or "a heap that is not known here"
+        return f"host_mmap_threshold has no effect: this process uses {found}, and only glibc's heap has that setting"
     libc = ctypes.CDLL(None)
     # the trim threshold follows the mmap threshold only while glibc adjusts both itself
     if not (libc.mallopt(_M_MMAP_THRESHOLD, threshold_bytes) and libc.mallopt(_M_TRIM_THRESHOLD, threshold_bytes)):

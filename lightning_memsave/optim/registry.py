@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class OptimizerRow:
 def _bitsandbytes_row(name: str, title: str, family: Family, num_moments: int, bits: int, paged: bool) -> OptimizerRow:
     def build(groups: Sequence[Group], options: Mapping[str, Any], keep_32bit: Collection[int]) -> Optimizer:
         library = require("bitsandbytes.optim", f"LowMemoryOptimizer({name!r})")
-        return finish(getattr(library, title)(groups, **options), keep_32bit=keep_32bit, num_moments=num_moments)
+        optimizer = getattr(library, title)(groups, **_with_tuples(options))
+        return finish(optimizer, keep_32bit=keep_32bit, num_moments=num_moments)
 
     def state_bytes(p: Tensor, keeps_32bit: bool, options: Mapping[str, Any]) -> int:
         if row.uses_8bit(p, keeps_32bit, options):
@@ -91,7 +93,7 @@ def _bitsandbytes_row(name: str, title: str, family: Family, num_moments: int, b
 
 
 def _build_adafactor(groups: Sequence[Group], options: Mapping[str, Any], keep_32bit: Collection[int]) -> Optimizer:
-    return torch.optim.Adafactor(groups, **options)
+    return torch.optim.Adafactor(groups, **_with_tuples(options))
 
 
 _ROWS = (
@@ -120,7 +122,12 @@ _CONSTRUCTOR_ONLY = ("min_8bit_size",)
 
 def group_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that live in param groups, so that they override what a group had."""
-    return {key: value for key, value in options.items() if key not in _CONSTRUCTOR_ONLY}
+    return {key: value for key, value in _with_tuples(options).items() if key not in _CONSTRUCTOR_ONLY}
+
+
+def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    # YAML has lists only
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
 def family_of(optimizer: Optimizer) -> Family:
@@ -151,10 +158,37 @@ def name_problems(name: object) -> list[str]:
     return [f"name={name!r} is not an optimizer this version knows. {hint}All: {', '.join(map(repr, OPTIMIZERS))}."]
 
 
+def _is_number(value: object, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+
+
+def _is_pair(value: object, high: float) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v, 0.0, high) for v in value)
+
+
+def _is_adafactor_eps(value: object) -> bool:
+    if isinstance(value, (list, tuple)) and value and value[0] is None:
+        return _is_pair([0.0, *value[1:]], math.inf)
+    return _is_pair(value, math.inf)
+
+
+# option -> what a value must be, and how to say it
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta2_decay": (lambda v: _is_number(v, -math.inf, 1e-12), "a number up to 0, e.g. -0.8"),
+    "betas": (lambda v: _is_pair(v, 1.0), "two numbers from 0 to below 1, e.g. (0.9, 0.95)"),
+    "d": (lambda v: _is_number(v, 1.0), "a number from 1"),
+    "eps": (lambda v: _is_number(v, 0.0), "a number from 0, e.g. 1e-8"),
+    "foreach": (lambda v: v is None or isinstance(v, bool), "true, false or null"),
+    "min_8bit_size": (lambda v: _is_number(v, 0) and isinstance(v, int), "a number of elements, e.g. 4096"),
+    "weight_decay": (lambda v: _is_number(v, 0.0), "a number from 0"),
+}
+_ADAFACTOR_EPS = (_is_adafactor_eps, "two numbers from 0, the first may be null, e.g. (null, 1e-3)")
+
+
 def option_problems(row: OptimizerRow, options: Mapping[str, Any]) -> list[str]:
-    """Return one sentence for every option the optimizer does not take."""
+    """Return one sentence for every option the optimizer does not take, or not with that value."""
     problems = []
-    for key in options:
+    for key, value in options.items():
         if key == "lr":
             problems.append(
                 "options={'lr': ...}: the learning rates stay those of configure_optimizers and its schedulers; "
@@ -164,4 +198,8 @@ def option_problems(row: OptimizerRow, options: Mapping[str, Any]) -> list[str]:
             near = difflib.get_close_matches(str(key), row.options, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             problems.append(f"options={{{key!r}: ...}}: {row.name} takes {', '.join(sorted(row.options))}.{hint}")
+        else:
+            accepts, text = _ADAFACTOR_EPS if (row.family, key) == ("adafactor", "eps") else _VALUES[key]
+            if not accepts(value):
+                problems.append(f"options={{{key!r}: {value!r}}}: {row.name} takes {text}.")
     return problems

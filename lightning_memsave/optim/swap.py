@@ -22,7 +22,7 @@ from lightning_memsave.optim._refusals import refusals
 from lightning_memsave.optim.registry import OptimizerRow, family_of, group_options
 from lightning_memsave.optim.state_bytes import predicted_state_bytes, trainable_parameters
 
-__all__ = ["Swapped", "parameters_kept_32bit", "swap_optimizers"]
+__all__ = ["Swapped", "keep_32bit_problems", "parameters_kept_32bit", "swap_optimizers"]
 
 SUBJECT = "LowMemoryOptimizer"
 
@@ -152,6 +152,17 @@ def parameters_kept_32bit(module: nn.Module, keep_32bit: Patterns) -> set[int]:
     except NothingToTransformError as error:
         raise NothingToTransformError(str(error).replace("modules=", "keep_32bit=")) from None
     return {id(p) for _, owner in matched for p in owner.parameters()}
+
+
+def keep_32bit_problems(keep_32bit: object) -> list[str]:
+    """Return what is wrong with the argument, before there is a module to match it against."""
+    patterns = [keep_32bit] if isinstance(keep_32bit, str) else keep_32bit
+    if isinstance(patterns, (list, tuple)) and all(isinstance(pattern, str) and pattern for pattern in patterns):
+        return []
+    return [
+        f'keep_32bit={keep_32bit!r} selects no modules. Write "auto" (embeddings and norms), a glob or class name, a '
+        "list of them, or [] for none."
+    ]
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -329,7 +329,12 @@ def test_unknown_names_and_options_get_the_near_ones(name) -> None:
     [problem] = name_problems(name.replace("a", "e", 1).replace("l", "1", 1))
     assert repr(name) in problem.split("All:")[0]
     row = OPTIMIZERS[name]
-    assert option_problems(row, dict.fromkeys(row.options)) == []
+    good = {"betas": [0.9, 0.95], "beta2_decay": -0.8, "d": 1.0, "foreach": None, "min_8bit_size": 0, "weight_decay": 0}
+    good["eps"] = (None, 1e-3) if name == "adafactor" else 1e-6
+    assert option_problems(row, {key: good[key] for key in row.options}) == []
+    bad = {"betas": (0.9, 1.0), "beta2_decay": 0.8, "d": 0.5, "foreach": 1, "min_8bit_size": 0.5, "weight_decay": -1}
+    bad["eps"] = "1e-6"
+    assert len(option_problems(row, {key: bad[key] for key in row.options})) == len(row.options)
     [unknown, rate] = option_problems(row, {"weight_decya": 1, "lr": 1})
     assert "Did you mean 'weight_decay'?" in unknown
     assert "configure_optimizers" in rate
