@@ -31,8 +31,8 @@ class LowMemoryOptimizer(Saver):
     **Costs** the conversion of the state in every step.
     **Numerics** are statistical: 8-bit AdamW follows AdamW closely, Lion and Adafactor are other update rules. The
     state of embeddings and norms, and of tensors below 4096 values, stays fp32.
-    **Does not combine with** FSDP2 for the bitsandbytes names (``adafactor`` does); LBFGS, schedule-free and
-    Prodigy-like optimizers are refused.
+    **Does not combine with** FSDP2, on whose sharded parameters none of these optimizers steps. LBFGS, schedule-free
+    and Prodigy-like optimizers are refused.
 
     Args:
         name: ``adamw_8bit``, ``paged_adamw_8bit``, ``paged_adamw_32bit``, ``lion_8bit``, ``lion`` or ``adafactor``.

@@ -40,7 +40,6 @@ class OptimizerRow:
         library: The module that holds the class.
         paged: State of large tensors moves to the host when the accelerator is full.
         maximizes: ``maximize=True`` is honoured.
-        shards: Works on DTensor parameters (FSDP2).
 
     """
 
@@ -56,7 +55,6 @@ class OptimizerRow:
     library: Literal["bitsandbytes", "torch"] = "bitsandbytes"
     paged: bool = False
     maximizes: bool = False
-    shards: bool = False
 
     def uses_8bit(self, p: Tensor, keeps_32bit: bool, options: Mapping[str, Any]) -> bool:
         """Return whether the state of ``p`` will be 8-bit."""
@@ -112,7 +110,6 @@ _ROWS = (
         state_bytes=lambda p, _keeps, _options: adafactor_state_bytes(p),
         library="torch",
         maximizes=True,
-        shards=True,
     ),
 )
 OPTIMIZERS: dict[str, OptimizerRow] = {row.name: row for row in _ROWS}

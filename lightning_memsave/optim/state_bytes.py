@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 __all__ = ["held_state_bytes", "predicted_state_bytes", "trainable_parameters"]
@@ -18,14 +19,14 @@ def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def held_state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of all tensors in the optimizer's state, each storage once."""
+    """Return the bytes of all tensors in the optimizer's state on this rank, each storage once."""
     storages = {s.data_ptr(): s.nbytes() for s in _storages(optimizer.state.values()) if s.nbytes()}
     return sum(storages.values())
 
 
 def _storages(value: Any) -> Iterable[torch.UntypedStorage]:
     if isinstance(value, Tensor):
-        yield value.untyped_storage()
+        yield (value.to_local() if isinstance(value, DTensor) else value).untyped_storage()
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _storages(item)

@@ -56,6 +56,10 @@ METHOD_STRATEGIES: dict[tuple[str, str], str] = {
         "FSDP1 gathers and writes whole flat tensors, frozen weights included. "
         'Drop AdapterCheckpoint, or use strategy="ddp".'
     ),
+    ("LowMemoryOptimizer", "fsdp2"): (
+        "none of its optimizers steps on sharded (DTensor) parameters. "
+        'Keep torch.optim.AdamW(fused=True), whose state FSDP2 splits over the ranks, or use strategy="ddp".'
+    ),
     ("WeightQuantization", "deepspeed"): _PACKED_ZERO,
     ("QLoRA", "deepspeed"): _PACKED_ZERO,
     ("AdapterCheckpoint", "deepspeed"): (
@@ -73,7 +77,6 @@ METHOD_CONDITIONS: dict[tuple[str, str], str] = {
     ("WeightQuantization", "fsdp2"): _WHOLE_WEIGHTS,
     ("LoRA", "fsdp2"): _WHOLE_WEIGHTS,
     ("QLoRA", "fsdp2"): _WHOLE_WEIGHTS,
-    ("LowMemoryOptimizer", "fsdp2"): 'only "adafactor" steps on sharded parameters; bitsandbytes names are refused',
 }
 
 
