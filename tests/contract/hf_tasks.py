@@ -19,8 +19,8 @@ class HfLlama(Task):
 
         config = LlamaConfig(
             vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,  # linear layers of 4096 values, which quantization takes
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -40,8 +40,8 @@ class HfBert(Task):
 
         config = BertConfig(
             vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,  # linear layers of 4096 values, which quantization takes
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=16,

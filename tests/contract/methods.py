@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 import lightning_memsave
@@ -13,7 +14,7 @@ from lightning_memsave.planner.catalog import CATALOG, method
 
 from .kinds import KINDS
 
-# Refuses a module in which nothing is frozen, as the modules of the contract are; its own tests freeze parts.
+# Refuses a module in which nothing is frozen; of the kinds, only the autoencoder has a frozen part.
 NEEDS_FROZEN_PARTS = ("AdapterCheckpoint",)
 METHODS = tuple(row.name for row in CATALOG if row.name not in NEEDS_FROZEN_PARTS)
 EXACT = tuple(name for name in METHODS if method(name).numerics == "exact")
@@ -21,16 +22,30 @@ OTHERS = tuple(name for name in METHODS if name not in EXACT)
 ADAPTERS = ("LoRA", "QLoRA")
 
 # (method, kind) -> what the refusal must say
+_LARGE = ("language", "tied", "dropout", "layer_wise", "stateless", "hf_llama", "hf_bert")
 REFUSED: dict[tuple[str, str], str] = {
     ("LowMemoryOptimizer", "line_search"): "LBFGS",
+    **{
+        (name, kind): "found no linear layer to work on"  # all of them below 4096 values, or heads
+        for name in ("WeightQuantization", "QLoRA")
+        for kind in KINDS
+        if kind not in _LARGE
+    },
 }
+
+
+def combinations(names: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, str]]:
+    """Return every ``(method, kind)`` that is not refused."""
+    return [(name, kind) for name in names for kind in kinds if (name, kind) not in REFUSED]
 
 
 def make(name: str, kind: str) -> Any:
     """Return a method as the contract asks for it on a kind of module."""
     arguments = dict(method(name).init_args)
-    if name == "ActivationCheckpointing":
+    if name in ("ActivationCheckpointing", "LoRA", "QLoRA", "WeightQuantization"):
         arguments["modules"] = list(KINDS[kind].blocks)
+    elif name == "LoRA":
+        arguments["modules"] = ["Linear"]
     return getattr(lightning_memsave, name)(**arguments)
 
 
@@ -65,6 +80,19 @@ class Counted(ModelTransform):
 
 def _note_call(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     Counted.called.append(type(module).__name__)
+
+
+class Seed(ModelTransform):
+    """Seed torch when the pass begins: a model built later has drawn more random numbers by then."""
+
+    stage = Stage.KERNEL - 9
+
+    def __init__(self) -> None:
+        self.seed = 3
+
+    def apply(self, module: nn.Module) -> Applied:
+        torch.manual_seed(self.seed)
+        return Applied(summary="seed", num_modules=1)
 
 
 class Early(Counted):

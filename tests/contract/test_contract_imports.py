@@ -18,6 +18,7 @@ BLOCK = """
 
     sys.meta_path.insert(0, Blocked())
 """
+# matplotlib is left out: torchmetrics imports it wherever it is installed
 OPTIONAL = (
     "accelerate",
     "bitsandbytes",
@@ -25,7 +26,6 @@ OPTIONAL = (
     "deepspeed",
     "gguf",
     "jsonargparse",
-    "matplotlib",
     "peft",
     "psutil",
     "safetensors",
