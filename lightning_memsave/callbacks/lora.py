@@ -29,8 +29,8 @@ class LoRA(ModelTransform):
     (``AdapterCheckpoint`` is attached).
 
     **Saves** gradients and optimizer state of every frozen weight, 12 bytes a parameter under AdamW; the bf16 copy that
-    autocast keeps of every frozen fp32 matrix, ``2 * in * out`` bytes; peft's fp32 copy of every adapter input,
-    ``4 * batch * tokens * in`` bytes under bf16. ``frozen_dtype="bf16"`` halves frozen fp32 matrices as well.
+    autocast keeps of every frozen fp32 matrix, ``2 * in * out`` bytes; peft's fp32 copy of every adapter input (not of
+    ``dora``), ``4 * batch * tokens * in`` bytes under bf16. ``frozen_dtype="bf16"`` halves frozen fp32 matrices too.
     **Costs** ``rank * (in + out)`` trained values for each layer and two thin products; under autocast one more cast of
     each frozen fp32 matrix, in backward.
     **Numerics** are those of the low-rank model, bitwise peft's; ``frozen_dtype`` rounds frozen weights once.

@@ -40,8 +40,8 @@ class WeightQuantization(ModelTransform):
     ``double_quant``), ``int8`` holds ``N + 4 * out``. One table of 1 KiB is shared. At most one more unquantized weight
     is held while it runs.
     **Costs** dequantizing each weight in forward and once more in backward, where one is held in the compute dtype.
-    **Numerics** are bounded: nf4 moves a value by at most 0.152 of the largest of its 64 neighbours, fp4 by 0.167, int8
-    by 1/254 of the largest of its row. Inputs are not quantized.
+    **Numerics** are bounded: nf4 moves a value by at most 0.153 of the largest of its 64 neighbours and fp4 by 0.167
+    (``double_quant`` rounds that largest one as well), int8 by 1/225 of the largest of its row. Inputs are not rounded.
     **Does not combine with** ``QLoRA`` (which contains it), FSDP1 (needs one dtype) and DeepSpeed.
 
     Args:

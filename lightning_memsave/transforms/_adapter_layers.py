@@ -23,11 +23,15 @@ def lean_adapter(layer: nn.Module) -> list[Callable[[], None]]:
     peft casts ``x`` to the adapter's fp32, and that copy lives until backward: ``4 * batch * tokens * in`` bytes a
     layer. Casting ``rank * (in + out)`` weights gives the same products as autocast does.
 
+    DoRA keeps peft's way: it computes norms of weights in the dtype of ``x``, which need fp32.
+
     Returns:
         Functions that put things back.
 
     """
     undos: list[Callable[[], None]] = []
+    if getattr(layer, "lora_magnitude_vector", None):
+        return undos
     old = layer.__dict__.get("cast_input_dtype_enabled", True)
     layer.__dict__["cast_input_dtype_enabled"] = False
     undos.append(lambda: layer.__dict__.__setitem__("cast_input_dtype_enabled", old))

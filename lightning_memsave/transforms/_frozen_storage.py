@@ -12,8 +12,8 @@ from lightning_memsave.transforms._frozen import (
     forward_frozen_embedding,
     forward_frozen_linear,
 )
-from lightning_memsave.transforms._patch import patch_forward
-from lightning_memsave.transforms._selection import linear_kind
+from lightning_memsave.transforms._patch import InstanceForward, patch_forward
+from lightning_memsave.transforms._selection import kept_in_fp32, linear_kind
 
 __all__ = ["lean_frozen_layers", "store_frozen"]
 
@@ -30,42 +30,46 @@ def lean_frozen_layers(root: nn.Module) -> list[Callable[[], None]]:
     return undos
 
 
-def store_frozen(root: nn.Module, dtype: torch.dtype) -> tuple[list[Callable[[], None]], int]:
-    """Store frozen matrices in ``dtype`` in place: weights and biases of linear layers and embeddings.
+def store_frozen(root: nn.Module, dtype: torch.dtype) -> list[Callable[[], None]]:
+    """Store frozen weights and biases of linear layers and embeddings in ``dtype``, in place.
 
-    A parameter is converted only where every module that holds it can compute with it; norms, convolutions and
-    everything else keep their dtype. Ties stay ties.
+    Call it after ``lean_frozen_layers``. A parameter is converted only where every module holding it casts it: norms,
+    convolutions, what a transformers model keeps in fp32 and everything else keep their dtype. Ties stay ties.
 
     Returns:
-        Functions that put the old dtype back (the values stay rounded), and the number of parameters converted.
+        Functions that put the old dtype back; the values stay rounded.
 
     """
-    holders: dict[int, list[nn.Module]] = {}
+    kept = kept_in_fp32(root)
     parameters: dict[int, nn.Parameter] = {}
-    for module in root.modules():
+    refused: set[int] = set()
+    for name, module in root.named_modules():
+        casts = _casts_weights(module) and name.removesuffix(".base_layer") not in kept
         for parameter in module._parameters.values():
-            if parameter is not None and not parameter.requires_grad and parameter.dtype in _WIDE:
-                holders.setdefault(id(parameter), []).append(module)
-                parameters[id(parameter)] = parameter
-    converted = {key for key, modules in holders.items() if all(_computes_wide(m) for m in modules)}
+            if parameter is None or parameter.requires_grad or parameter.dtype not in _WIDE:
+                continue
+            parameters[id(parameter)] = parameter
+            if not casts:
+                refused.add(id(parameter))
+    converted = parameters.keys() - refused
     undos: list[Callable[[], None]] = []
     for module in root.modules():
         weight = module._parameters.get("weight")
         if type(module) is nn.Embedding and id(weight) in converted and weight is not None:
             undos.append(patch_forward(module, forward_frozen_embedding, dtype=weight.dtype))
-    for key in converted:
-        undos.append(_narrow(parameters[key], dtype))
-    return undos, len(converted)
+    undos += [_narrow(parameters[key], dtype) for key in converted]
+    return undos
 
 
 _WIDE = (torch.float32, torch.float64)
 
 
-def _computes_wide(module: nn.Module) -> bool:
-    """Return whether the module's forward, here or from ``lean_frozen_layers``, casts a narrow weight itself."""
+def _casts_weights(module: nn.Module) -> bool:
+    """Return whether the module's forward casts a narrow weight itself."""
+    forward = module.__dict__.get("forward")
     if type(module) is nn.Embedding:
-        return module.max_norm is None and "forward" not in module.__dict__
-    return linear_kind(module) is not None
+        return module.max_norm is None and forward is None
+    return linear_kind(module) is not None and isinstance(forward, InstanceForward)
 
 
 def _narrow(parameter: nn.Parameter, dtype: torch.dtype) -> Callable[[], None]:

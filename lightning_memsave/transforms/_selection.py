@@ -17,11 +17,13 @@ from lightning_memsave.errors import ConfigurationError, NothingToTransformError
 
 __all__ = [
     "HEAD_NAMES",
+    "MIN_ELEMENTS",
     "Selection",
     "check_placement",
     "head_layers",
     "is_adapter",
     "default_work_device",
+    "kept_in_fp32",
     "linear_kind",
     "networks",
     "named_adapters",
@@ -30,6 +32,8 @@ __all__ = [
     "shared_parameters",
     "under",
 ]
+
+MIN_ELEMENTS = 4096
 
 LinearKind = Literal["linear", "conv1d", "4bit", "8bit"]
 
@@ -170,15 +174,15 @@ def head_layers(root: nn.Module) -> set[str]:
     return found
 
 
-def _kept_in_fp32(root: nn.Module) -> list[tuple[str, re.Pattern[str]]]:
-    """Return what transformers models say must stay 32-bit, as (prefix, pattern) pairs."""
-    found = []
-    for prefix, module in root.named_modules():
+def kept_in_fp32(root: nn.Module) -> set[str]:
+    """Return the names of the modules that transformers models say must stay 32-bit; their code reads the dtype."""
+    found = set()
+    for prefix, model in root.named_modules():
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            names = getattr(module, attribute, None)
+            names = getattr(model, attribute, None)
             if isinstance(names, (list, tuple, set, frozenset)) and names:
-                pattern = "|".join(re.escape(name).replace(r"\*", r"\d+") for name in sorted(names))
-                found.append((prefix, re.compile(rf"(^|\.)({pattern})($|\.)")))
+                pattern = re.compile(rf"(^|\.)({'|'.join(re.escape(name) for name in sorted(names))})($|\.)")
+                found |= {f"{prefix}.{n}".lstrip(".") for n, _ in model.named_modules() if pattern.search(n)}
     return found
 
 
@@ -209,7 +213,7 @@ def select_linears(
     kinds: Sequence[LinearKind],
     skip: Sequence[str] = (),
     train: Sequence[str] = (),
-    min_elements: int = 0,
+    quantize: bool = False,
 ) -> Selection:
     """Choose the linear layers that ``modules="auto"`` means.
 
@@ -219,13 +223,14 @@ def select_linears(
         kinds: Kinds of linear layers that count.
         skip: Names of modules to leave out, with everything below them.
         train: Names of modules that stay trainable.
-        min_elements: Smaller weights are left out.
+        quantize: Leave out what should not be quantized: weights below ``MIN_ELEMENTS`` values, those a transformers
+            model keeps in fp32 (its code reads their dtype), and layers whose forward somebody replaced.
 
     Raises:
         NothingToTransformError: If nothing is left; says what was left out and why.
 
     """
-    heads, tied, kept = head_layers(root), shared_parameters(root), _kept_in_fp32(root)
+    heads, tied, kept = head_layers(root), shared_parameters(root), kept_in_fp32(root)
     inside_adapters = [name for name, _ in named_adapters(root)]
     selection = Selection()
     total = 0
@@ -244,11 +249,11 @@ def select_linears(
             selection.heads.append(name)
         elif id(weight) in tied:
             reason = "tied"
-        elif any(under(name, [p]) if p else True for p, _ in kept) and _says_fp32(name, kept):
+        elif quantize and name in kept:
             reason = "kept in fp32 by its model"
-        elif weight.numel() < min_elements:
-            reason = f"below {min_elements:,} values"
-        elif "forward" in module.__dict__ and linear_kind(module) in ("linear", "conv1d"):
+        elif quantize and weight.numel() < MIN_ELEMENTS:
+            reason = f"below {MIN_ELEMENTS:,} values"
+        elif quantize and "forward" in module.__dict__:
             reason = "with a replaced forward"
         if reason is None:
             selection.names.append(name)
@@ -261,13 +266,6 @@ def select_linears(
             f'(left out: {found}). Name the layers: modules=["*.q_proj", ...].'
         )
     return selection
-
-
-def _says_fp32(name: str, kept: list[tuple[str, re.Pattern[str]]]) -> bool:
-    for prefix, pattern in kept:
-        if (not prefix or under(name, [prefix])) and pattern.search(name[len(prefix) :].lstrip(".")):
-            return True
-    return False
 
 
 def named_selection(

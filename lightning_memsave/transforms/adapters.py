@@ -98,7 +98,7 @@ def add_adapters(root: nn.Module, settings: Adapters) -> Applied:
         else []
     )
     names = _targets(root, settings, train)
-    heads = [name for name in head_layers(root) if not under(name, train)]
+    heads = _maybe_new_heads(root, train)
     before = parameter_bytes(root)
     undos: list[Callable[[], None]] = []
     try:
@@ -112,7 +112,7 @@ def add_adapters(root: nn.Module, settings: Adapters) -> Applied:
             undos.append(cast_weights_not_inputs(layer))
         undos += lean_frozen_layers(root)
         if settings.frozen_dtype is not None:
-            undos += store_frozen(root, settings.frozen_dtype)[0]
+            undos += store_frozen(root, settings.frozen_dtype)
         undos.append(disable_fast_paths(root, names))
     except BaseException:
         _undo_all(undos)
@@ -257,6 +257,13 @@ def _trained_linears(root: nn.Module, train: list[str]) -> list[nn.Module]:
     return found
 
 
+def _maybe_new_heads(root: nn.Module, train: list[str]) -> list[str]:
+    """Return the heads that may have been drawn rather than loaded: those that are not the size of a vocabulary."""
+    sizes = {m.num_embeddings for m in root.modules() if isinstance(m, nn.Embedding)}
+    heads = {name: root.get_submodule(name) for name in head_layers(root) if not under(name, train)}
+    return sorted(name for name, head in heads.items() if getattr(head, "out_features", None) not in sizes)
+
+
 def _summary(root: nn.Module, settings: Adapters, names: list[str], heads: list[str]) -> str:
     trained = sum(p.numel() for p in root.parameters() if p.requires_grad)
     wide = sum(p.nbytes for p in root.parameters() if not p.requires_grad and p.dtype == torch.float32 and p.dim() > 1)
@@ -264,7 +271,7 @@ def _summary(root: nn.Module, settings: Adapters, names: list[str], heads: list[
     if settings.train:
         text += f", with {', '.join(settings.train)}"
     if heads and not settings.train:
-        text += f"; the head {sorted(heads)[0]} is frozen (if it is new, write train={sorted(heads)[0]!r})"
+        text += f"; the head {heads[0]} is frozen (if it is new, write train={heads[0]!r})"
     if wide >= 64 * MIB and settings.frozen_dtype is None:
         text += f"; frozen_dtype='bf16' would free {format_bytes(wide // 2)} of fp32 weights"
     return text

@@ -33,10 +33,9 @@ from lightning_memsave.transforms._selection import (
     under,
 )
 
-__all__ = ["KINDS", "MIN_ELEMENTS", "Quantization", "quantize_weights"]
+__all__ = ["KINDS", "Quantization", "quantize_weights"]
 
 KINDS = ("nf4", "fp4", "int8")
-MIN_ELEMENTS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +177,7 @@ def _select(root: nn.Module, settings: Quantization, present: list[str]) -> Sele
             kinds=("linear", "conv1d"),
             skip=skip,
             train=[*train, *loaded, *trained],
-            min_elements=MIN_ELEMENTS,
+            quantize=True,
         )
     except NothingToTransformError:
         if present:
