@@ -58,7 +58,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     make_trainer(callbacks=[ActivationCheckpointing(), checkpoint], enable_checkpointing=True).fit(half, make_loader())
     state = torch.get_rng_state()
     resumed = LitLM(dropout=0.1)
-    trainer = make_trainer(callbacks=[ActivationCheckpointing(policy="selective")], max_epochs=2)
+    savers = [ActivationCheckpointing(policy="selective"), ModelCheckpoint(tmp_path, save_last=True)]
+    trainer = make_trainer(callbacks=savers, max_epochs=2, enable_checkpointing=True)
     torch.set_rng_state(state)
     trainer.fit(resumed, make_loader(), ckpt_path=checkpoint.last_model_path)
     assert half.losses + resumed.losses == whole.losses
