@@ -134,6 +134,8 @@ def _paged_copy(optimizer: Any, value: Tensor, device: torch.device) -> Tensor:
     functional = require("bitsandbytes.functional", "a paged optimizer")
     buffer: Tensor = functional.get_paged(*value.shape, dtype=value.dtype, device=device)
     buffer.copy_(value)
+    # Lightning moves loaded state to the device with .to(), which would make an ordinary tensor of it.
+    buffer.to = lambda *_args, **_kwargs: buffer  # type: ignore[method-assign]
     optimizer.page_mng.paged_tensors.append(buffer)
     return buffer
 

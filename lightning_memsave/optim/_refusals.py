@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lightning_memsave.optim.registry import OptimizerRow
 
-__all__ = ["refusals"]
+__all__ = ["refusals", "sparse_problems"]
 
 # class name -> why it is not replaced
 _BY_NAME = {
@@ -43,6 +44,16 @@ def refusals(old: Optimizer, row: OptimizerRow) -> list[str]:
             "Train in one of those, or keep your optimizer."
         )
     return problems
+
+
+def sparse_problems(module: nn.Module, optimizers: Iterable[Optimizer], row: OptimizerRow) -> list[str]:
+    """Return one sentence for every embedding that makes sparse gradients for one of the optimizers."""
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [
+        f"{name} makes sparse gradients, which {row.name} does not read. Write sparse=False."
+        for name, m in module.named_modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse and id(m.weight) in stepped
+    ]
 
 
 def _class_problems(old: Optimizer) -> list[str]:

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from lightning_memsave._match import Patterns, as_patterns, match_modules
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError, raise_problems
-from lightning_memsave.optim._bitsandbytes import MIN_PAGED_ELEMENTS
-from lightning_memsave.optim._refusals import refusals
+from lightning_memsave.optim._notes import rule_notes, size_notes, swapped_state_bytes
+from lightning_memsave.optim._refusals import refusals, sparse_problems
 from lightning_memsave.optim.registry import OptimizerRow, family_of, group_options
-from lightning_memsave.optim.state_bytes import predicted_state_bytes, trainable_parameters
+from lightning_memsave.optim.state_bytes import predicted_state_bytes
 
 __all__ = ["Swapped", "keep_32bit_problems", "parameters_kept_32bit", "swap_optimizers"]
 
@@ -121,6 +121,7 @@ def swap_optimizers(
             f"{SUBJECT}: configure_optimizers returned {type(configured).__name__} with no torch.optim.Optimizer in "
             "it. Return one, e.g. torch.optim.AdamW(self.parameters(), lr=1e-4)."
         )
+    raise_problems(SUBJECT, sparse_problems(module, [swapped.old for swapped in run.done.values()], row))
     run.rebind(replaced, set())
     owned = {
         k: v for k, v in module.__dict__.items() if not k.startswith("_") and isinstance(v, (Optimizer, list, dict))
@@ -176,7 +177,7 @@ def swap_one(old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep
             old=old,
             new=old,
             state_bytes_before=None,
-            state_bytes_after=_state_bytes(old, row, options, keep_32bit),
+            state_bytes_after=swapped_state_bytes(old, row, options, keep_32bit),
             notes=(f"configure_optimizers already made {row.title}; left as it is",),
         )
     raise_problems(SUBJECT, refusals(old, row))
@@ -188,8 +189,8 @@ def swap_one(old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep
         old=old,
         new=new,
         state_bytes_before=predicted_state_bytes(old),
-        state_bytes_after=_state_bytes(new, row, options, keep_32bit),
-        notes=(*_rule_notes(old, row, same_rule), *_size_notes(new, row, options, keep_32bit)),
+        state_bytes_after=swapped_state_bytes(new, row, options, keep_32bit),
+        notes=(*rule_notes(old, row, same_rule), *size_notes(new, row, options, keep_32bit)),
     )
 
 
@@ -234,56 +235,3 @@ def _mark_step(optimizer: Optimizer) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
-
-
-# -- what to tell the user --------------------------------------------------------------------------------------------
-def _state_bytes(
-    optimizer: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
-) -> int:
-    parameters = trainable_parameters(optimizer)
-    tables = row.shared_bytes if any(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters) else 0
-    return tables + sum(row.state_bytes(p, id(p) in keep_32bit, options) for p in parameters)
-
-
-def _rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
-    notes = []
-    if not same_rule:
-        notes.append(f"another update rule than {type(old).__name__}")
-        if row.family == "lion":
-            notes.append("Lion wants a learning rate 3 to 10 times smaller than AdamW's; it was kept")
-        if row.family == "adafactor":
-            notes.append(
-                "Adafactor scales each step by the size of the weights and wants a larger learning rate "
-                "(1e-3 to 1e-2); it was kept"
-            )
-    decays = any(group.get("weight_decay") for group in old.param_groups)
-    coupled = type(old).__name__ != "AdamW" and not any(g.get("decoupled_weight_decay") for g in old.param_groups)
-    if decays and coupled and family_of(old) in ("adam", "other"):
-        notes.append(
-            f"weight_decay shrinks the weights directly now, no longer through the gradient as in {type(old).__name__}"
-        )
-    return notes
-
-
-def _size_notes(
-    new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
-) -> list[str]:
-    parameters = trainable_parameters(new)
-    notes = []
-    if row.bits == 8:
-        narrow = sum(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters)
-        if narrow == 0:
-            notes.append(
-                f"no effect: 0 of {len(parameters)} trainable tensors get 8-bit state (small, embedding or norm)"
-            )
-        else:
-            notes.append(f"8-bit state for {narrow} of {len(parameters)} trainable tensors")
-    if row.paged:
-        large = sum(p.numel() >= MIN_PAGED_ELEMENTS for p in parameters)
-        if all(p.device.type == "cpu" for p in parameters):
-            notes.append("paging has no effect on the CPU")
-        else:
-            notes.append(
-                f"{large} of {len(parameters)} trainable tensors are large enough to be paged (>= 1e5 elements)"
-            )
-    return notes

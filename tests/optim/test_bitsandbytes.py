@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch import nn
 
 from lightning_memsave._imports import require
@@ -173,6 +174,9 @@ def test_moments_are_paged_again_after_a_resume_and_never_on_the_device_whole(mo
     assert [large["state1"] is made[0], large["state2"] is made[1], len(made)] == [True, True, 2]
     assert optimizer.page_mng.paged_tensors == made
     assert not hasattr(small["state1"], "is_paged")
+    _optimizer_to_device(optimizer, torch.device("meta"))  # what Lightning does after it loaded an optimizer
+    assert [large["state1"] is made[0], large["state2"] is made[1]] == [True, True]
+    assert small["state1"].is_meta
 
 
 def test_a_checkpoint_does_not_say_that_its_tensors_are_paged() -> None:

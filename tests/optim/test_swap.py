@@ -303,6 +303,15 @@ def test_what_cannot_be_replaced_is_refused_by_name(old, message) -> None:
         swapped(old)
 
 
+def test_sparse_embeddings_are_refused_by_name_before_anything_is_rebound() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Embedding(4, 2, sparse=True))
+    old = torch.optim.SGD(module.parameters(), lr=0.1)
+    scheduler = ExponentialLR(old, 0.9)
+    with pytest.raises(ConfigurationError, match=r"1 makes sparse gradients.*Write sparse=False"):
+        swap(([old], [scheduler]), module)
+    assert scheduler.optimizer is old
+
+
 def test_a_missing_learning_rate_is_refused() -> None:
     old = torch.optim.AdamW(only())
     old.param_groups[0]["lr"] = None
@@ -357,6 +366,17 @@ def test_another_weight_decay_is_said() -> None:
     assert "no longer through the gradient as in Adam" in notes(torch.optim.Adam(only(), weight_decay=0.1))
     assert "weight_decay" not in notes(torch.optim.Adam(only()))
     assert "weight_decay" not in notes(torch.optim.AdamW(only(), weight_decay=0.1))
+
+
+def test_a_momentum_cycle_that_nobody_reads_is_said() -> None:
+    def cycled(cls: Any, **options: Any) -> Any:
+        old = cls(only(), lr=0.1, **options)
+        OneCycleLR(old, 0.1, total_steps=4)
+        return old
+
+    assert "momentum that the scheduler cycles has no effect" in notes(cycled(torch.optim.SGD, momentum=0.9))
+    assert "momentum that the scheduler cycles has no effect" in notes(cycled(torch.optim.AdamW), "adafactor")
+    assert "momentum" not in notes(cycled(torch.optim.AdamW))
 
 
 def test_options_without_effect_are_said() -> None:

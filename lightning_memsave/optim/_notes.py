@@ -1,0 +1,70 @@
+"""What a swap means, for the one line that is reported: bytes, update rule, options without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_memsave.optim._bitsandbytes import MIN_PAGED_ELEMENTS
+from lightning_memsave.optim.registry import OptimizerRow, family_of
+from lightning_memsave.optim.state_bytes import trainable_parameters
+
+__all__ = ["rule_notes", "size_notes", "swapped_state_bytes"]
+
+
+def swapped_state_bytes(
+    optimizer: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
+) -> int:
+    """Return the state bytes of the new optimizer once every trainable parameter has stepped."""
+    parameters = trainable_parameters(optimizer)
+    tables = row.shared_bytes if any(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters) else 0
+    return tables + sum(row.state_bytes(p, id(p) in keep_32bit, options) for p in parameters)
+
+
+def rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
+    """Return what changes in the mathematics of a step."""
+    notes = []
+    if not same_rule:
+        notes.append(f"another update rule than {type(old).__name__}")
+        if row.family == "lion":
+            notes.append("Lion wants a learning rate 3 to 10 times smaller than AdamW's; it was kept")
+        if row.family == "adafactor":
+            notes.append(
+                "Adafactor scales each step by the size of the weights and wants a larger learning rate "
+                "(1e-3 to 1e-2); it was kept"
+            )
+    cycles = any("max_momentum" in group for group in old.param_groups)  # written by OneCycleLR and CyclicLR
+    if cycles and (row.family == "adafactor" or "betas" not in old.defaults):
+        notes.append("the momentum that the scheduler cycles has no effect; the learning rate's cycle has")
+    decays = any(group.get("weight_decay") for group in old.param_groups)
+    coupled = type(old).__name__ != "AdamW" and not any(g.get("decoupled_weight_decay") for g in old.param_groups)
+    if decays and coupled and family_of(old) in ("adam", "other"):
+        notes.append(
+            f"weight_decay shrinks the weights directly now, no longer through the gradient as in {type(old).__name__}"
+        )
+    return notes
+
+
+def size_notes(new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]) -> list[str]:
+    """Return how many tensors an option reaches, and that it has no effect where it reaches none."""
+    parameters = trainable_parameters(new)
+    notes = []
+    if row.bits == 8:
+        narrow = sum(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters)
+        if narrow == 0:
+            notes.append(
+                f"no effect: 0 of {len(parameters)} trainable tensors get 8-bit state (small, embedding or norm)"
+            )
+        else:
+            notes.append(f"8-bit state for {narrow} of {len(parameters)} trainable tensors")
+    if row.paged:
+        large = sum(p.numel() >= MIN_PAGED_ELEMENTS for p in parameters)
+        if all(p.device.type == "cpu" for p in parameters):
+            notes.append("paging has no effect on the CPU")
+        else:
+            notes.append(
+                f"{large} of {len(parameters)} trainable tensors are large enough to be paged (>= 1e5 elements)"
+            )
+    return notes
