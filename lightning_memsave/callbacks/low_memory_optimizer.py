@@ -28,7 +28,8 @@ class LowMemoryOptimizer(Saver):
     **Saves** per trained fp32 value, against the 8 bytes of AdamW: ``adamw_8bit`` and ``paged_adamw_8bit`` hold
     ``2 + 8 / 256`` bytes, ``lion_8bit`` ``1 + 4 / 256``, ``lion`` 4, ``adafactor`` about 0 (one row and one column a
     matrix), ``paged_adamw_32bit`` 8 that move to the host when the accelerator is full.
-    **Costs** the conversion of the state in every step.
+    **Costs** the conversion of the state in every step. On a CPU large tensors are stepped in slices, without the four
+    (fp32 state: three) copies of the largest tensor that bitsandbytes makes there, and in half the time.
     **Numerics** are statistical: 8-bit AdamW follows AdamW closely, Lion and Adafactor are other update rules. The
     state of embeddings and norms, and of tensors below 4096 values, stays fp32.
     **Does not combine with** FSDP2, on whose sharded parameters none of these optimizers steps. LBFGS, schedule-free

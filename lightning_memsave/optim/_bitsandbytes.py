@@ -144,7 +144,8 @@ def _paged_copy(optimizer: Any, value: Tensor, device: torch.device) -> Tensor:
 def _update_step(optimizer: Any, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
     """Update a large CPU tensor in slices: bitsandbytes' CPU path makes up to five fp32 copies of what it is given.
 
-    Every operation is per value or per block of 256, so the slices give the same bits.
+    Every operation is per value or per block of 256, so the slices give the same bits. For 28 million values (the
+    embedding of a 135M model): 0 instead of 540 MiB of copies with 8-bit state, 0 instead of 324 MiB with fp32 state.
     """
     update = type(optimizer).update_step
     state = optimizer.state[p]
