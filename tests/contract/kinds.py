@@ -22,7 +22,7 @@ class Kind:
         task: Its class, without a Lightning base.
         batches: Makes its DataLoader.
         blocks: ``modules`` for methods that act on repeated blocks.
-        auto: Whether ``modules="auto"`` finds those blocks.
+        layers: ``modules`` for methods that act on single layers; those of the blocks by default.
         trainer: Trainer arguments this kind is trained with.
 
     """
@@ -30,7 +30,7 @@ class Kind:
     task: type[tasks.Task]
     batches: Callable[[], Any]
     blocks: tuple[str, ...]
-    auto: bool = True
+    layers: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,7 +42,7 @@ KINDS: dict[str, Kind] = {
     "stateless": Kind(tasks.Stateless, tasks.token_batches, ("Block",)),
     "tabular": Kind(tasks.Tabular, tasks.tabular_batches, ("layers.?",)),
     "forecasting": Kind(tasks.Forecasting, tasks.forecasting_batches, ("mixers.?",)),
-    "vision": Kind(tasks.Vision, tasks.image_batches, ("ConvBlock",)),
+    "vision": Kind(tasks.Vision, tasks.image_batches, ("ConvBlock",), ("Conv2d",)),
     "autoencoder": Kind(tasks.Autoencoder, tasks.vector_batches, ("encoder.?", "decoder.?")),
     "diffusion": Kind(tasks.Diffusion, tasks.vector_batches, ("NoisyBlock",)),
     "graph": Kind(tasks.GraphNetwork, tasks.graph_batches, ("Messages",)),
@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
     "line_search": Kind(tasks.LineSearch, tasks.vector_batches, ("encoder.?", "decoder.?")),
     "physics": Kind(tasks.Physics, tasks.vector_batches, ("layers.?",)),
     "manual": Kind(manual_tasks.Manual, tasks.vector_batches, ("left.?", "right.?")),
-    "gan": Kind(manual_tasks.GAN, tasks.vector_batches, ("generator.?", "critic.0")),
+    "gan": Kind(manual_tasks.GAN, tasks.vector_batches, ("generator.?", "critic.0"), ("generator.0", "critic.0")),
     "retain_graph": Kind(manual_tasks.RetainGraph, tasks.vector_batches, ("left.?", "right.?")),
     "several_steps": Kind(manual_tasks.SeveralSteps, tasks.vector_batches, ("left.?", "right.?")),
     "hf_llama": Kind(hf_tasks.HfLlama, tasks.token_batches, ("LlamaDecoderLayer",)),

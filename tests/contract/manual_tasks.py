@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tasks import Task
+from .tasks import WIDTH, Task
 
 
 class Manual(Task):
@@ -17,8 +17,8 @@ class Manual(Task):
     automatic = False
 
     def make_network(self) -> None:
-        self.left = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
-        self.right = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+        self.left = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)))
+        self.right = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)))
 
     def loss(self, batch: Tensor) -> Tensor:
         return F.mse_loss(self.right(self.left(batch)), batch)
@@ -43,8 +43,8 @@ class GAN(Task):
     automatic = False
 
     def make_network(self) -> None:
-        self.generator = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
-        self.critic = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 1))
+        self.generator = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)))
+        self.critic = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), nn.Linear(WIDTH, 1))
 
     def loss(self, batch: Tensor) -> Tensor:
         return -self.critic(self.generator(batch)).mean()

@@ -22,14 +22,14 @@ OTHERS = tuple(name for name in METHODS if name not in EXACT)
 ADAPTERS = ("LoRA", "QLoRA")
 
 # (method, kind) -> what the refusal must say
-_LARGE = ("language", "tied", "dropout", "layer_wise", "stateless", "hf_llama", "hf_bert")
 REFUSED: dict[tuple[str, str], str] = {
     ("LowMemoryOptimizer", "line_search"): "LBFGS",
+    ("WeightQuantization", "vision"): "no layer this can work on",  # convolutions
+    ("QLoRA", "vision"): "found no linear layer",
+    ("WeightQuantization", "autoencoder"): "decoder.0.0 trains",
     **{
-        (name, kind): "found no linear layer to work on"  # all of them below 4096 values, or heads
-        for name in ("WeightQuantization", "QLoRA")
-        for kind in KINDS
-        if kind not in _LARGE
+        ("WeightQuantization", kind): "no trainable parameter left"
+        for kind in ("diffusion", "mapping", "line_search", "manual", "retain_graph", "several_steps")
     },
 }
 
@@ -42,9 +42,11 @@ def combinations(names: Sequence[str], kinds: Sequence[str]) -> list[tuple[str, 
 def make(name: str, kind: str) -> Any:
     """Return a method as the contract asks for it on a kind of module."""
     arguments = dict(method(name).init_args)
-    if name in ("ActivationCheckpointing", "LoRA", "QLoRA", "WeightQuantization"):
+    if name in ("LoRA", "QLoRA", "WeightQuantization"):
+        arguments["modules"] = list(KINDS[kind].layers or KINDS[kind].blocks)
+    elif name == "ActivationCheckpointing":
         arguments["modules"] = list(KINDS[kind].blocks)
-    elif name == "LoRA":
+    elif name == "LoRA" and kind == "vision":  # its one linear layer is the head, which "auto" leaves out
         arguments["modules"] = ["Linear"]
     return getattr(lightning_memsave, name)(**arguments)
 

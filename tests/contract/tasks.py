@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .batches import Graph, Row, TensorMapping, generator, loader
 
 NUM_BATCHES = 3
+WIDTH = 64  # a weight of 64 x 64 is the smallest that is quantized without being named
 
 
 class Task:
@@ -99,8 +100,8 @@ class Tabular(Task):
 
     def make_network(self) -> None:
         self.embeddings = nn.ModuleList(nn.Embedding(5, 4) for _ in range(2))
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.SiLU()) for _ in range(3)))
-        self.out = nn.Linear(16, 1)
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU()) for _ in range(3)))
+        self.out = nn.Linear(WIDTH, 1)
 
     def loss(self, batch: Row) -> Tensor:
         categories = [e(batch.categories[:, i]) for i, e in enumerate(self.embeddings)]
@@ -111,7 +112,11 @@ def tabular_batches() -> Any:
     g = generator()
     return loader(
         [
-            Row(torch.randn(6, 8, generator=g), torch.randint(0, 5, (6, 2), generator=g), torch.randn(6, generator=g))
+            Row(
+                torch.randn(6, WIDTH - 8, generator=g),
+                torch.randint(0, 5, (6, 2), generator=g),
+                torch.randn(6, generator=g),
+            )
             for _ in range(NUM_BATCHES)
         ]
     )
@@ -121,9 +126,9 @@ class Forecasting(Task):
     """A stateful LSTM: its hidden state goes on from batch to batch. The batch is ``(dict, tuple)``."""
 
     def make_network(self) -> None:
-        self.mixers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
-        self.rnn = nn.LSTM(8, 8, batch_first=True)
-        self.out = nn.Linear(8, 1)
+        self.mixers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+        self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.out = nn.Linear(WIDTH, 1)
         self.state: tuple[Tensor, Tensor] | None = None
 
     def on_train_epoch_start(self) -> None:
@@ -142,7 +147,7 @@ def forecasting_batches() -> Any:
     g = generator()
     return loader(
         [
-            ({"past": torch.randn(4, 6, 8, generator=g), "name": "series"}, (torch.randn(4, 6, generator=g), None))
+            ({"past": torch.randn(4, 6, WIDTH, generator=g), "name": "series"}, (torch.randn(4, 6, generator=g), None))
             for _ in range(NUM_BATCHES)
         ]
     )
@@ -187,8 +192,8 @@ class Autoencoder(Task):
     """The encoder is frozen at first and unfrozen in epoch 1, with a parameter group of its own."""
 
     def make_network(self) -> None:
-        self.encoder = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
-        self.decoder = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
+        self.encoder = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)))
+        self.decoder = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)))
         self.encoder.requires_grad_(False)
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ class Autoencoder(Task):
 
 
 def vector_batches() -> Any:
-    return loader(list(torch.randn(NUM_BATCHES, 6, 8, generator=generator())))
+    return loader(list(torch.randn(NUM_BATCHES, 6, WIDTH, generator=generator())))
 
 
 class NoisyBlock(nn.Module):
@@ -214,7 +219,7 @@ class NoisyBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mean, self.scale = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.mean, self.scale = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return self.mean(x) + 0.1 * torch.randn_like(x) * F.softplus(self.scale(x)) + time
@@ -240,7 +245,7 @@ class Messages(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.own, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.own, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
         gathered = torch.zeros_like(nodes).index_add(0, edges[1], self.other(nodes)[edges[0]])
@@ -252,7 +257,7 @@ class GraphNetwork(Task):
 
     def make_network(self) -> None:
         self.rounds = nn.ModuleList(Messages() for _ in range(2))
-        self.out = nn.Linear(8, 1)
+        self.out = nn.Linear(WIDTH, 1)
 
     def loss(self, batch: Graph) -> Tensor:
         nodes = batch.nodes
@@ -265,7 +270,11 @@ def graph_batches() -> Any:
     g = generator()
     return loader(
         [
-            Graph(torch.randn(5, 8, generator=g), torch.randint(0, 5, (2, 9), generator=g), torch.randn(1, generator=g))
+            Graph(
+                torch.randn(5, WIDTH, generator=g),
+                torch.randint(0, 5, (2, 9), generator=g),
+                torch.randn(1, generator=g),
+            )
             for _ in range(NUM_BATCHES)
         ]
     )
@@ -291,7 +300,7 @@ class MappingBatch(Autoencoder):
 
 def mapping_batches() -> Any:
     g = generator()
-    return loader([TensorMapping({"observation": torch.randn(6, 8, generator=g)}, 6) for _ in range(NUM_BATCHES)])
+    return loader([TensorMapping({"observation": torch.randn(6, WIDTH, generator=g)}, 6) for _ in range(NUM_BATCHES)])
 
 
 class LayerWise(Language):
@@ -328,15 +337,16 @@ class LineSearch(Autoencoder):
         """Unfreeze nothing."""
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+        trained = [p for p in self.parameters() if p.requires_grad]  # LBFGS makes one vector of all it is given
+        return torch.optim.LBFGS(trained, lr=0.1, max_iter=3)
 
 
 class Physics(Task):
     """The forward differentiates the network by its input (``create_graph=True``), as PINNs and force fields do."""
 
     def make_network(self) -> None:
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
-        self.energy = nn.Linear(8, 1)
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)))
+        self.energy = nn.Linear(WIDTH, 1)
 
     def loss(self, batch: Tensor) -> Tensor:
         with torch.enable_grad():
