@@ -95,7 +95,7 @@ class StepAudit:
 
     def _in_no_optimizer(self, names: dict[int, str]) -> Iterator[Finding]:
         held = {id(p) for watched in self._watched for p in _parameters(watched.optimizer)}
-        left = tuple(names[i] for i in self._trainable if i in names and i not in held)
+        left = tuple(name for i, name in names.items() if i in self._trainable and i not in held)
         if left and self._watched:
             yield Finding(
                 "gradients",

@@ -60,6 +60,12 @@ def recomputed_forward(patch: InstanceForward, *args: Any, **kwargs: Any) -> Any
     if not call.needs_gradient():
         counts.passed += 1
         return patch.inner(*args, **kwargs)
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            f"{SUBJECT}: {patch.options['name']!r} was called inside a torch.func transform or another region without "
+            "saved-tensor hooks, where nothing can be recomputed. Leave the block out: name the other blocks with "
+            "modules=[...]."
+        )
     call.begin()
     contexts = call.selective_contexts if selective else noop_context_fn
     output = checkpoint(call, *call.saved, use_reentrant=False, context_fn=contexts)

@@ -20,7 +20,6 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
-    torch.ops.higher_order.flex_attention,
 }
 _ATTENTION_LIBRARIES = ("flash_attn", "xformers")
 # A product over fewer values costs less than the memory traffic of keeping its result (the thin ones of LoRA).
@@ -39,7 +38,7 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
         kwargs: Its keyword arguments.
 
     """
-    keep = operator in _CONVOLUTIONS or operator in _ATTENTION or _of_a_library(operator)
+    keep = operator in _CONVOLUTIONS or operator in _ATTENTION or _is_attention(operator)
     if operator in _PRODUCTS:
         left = args[_PRODUCTS[operator][0]]
         keep = left.shape[-1] >= _MIN_INNER
@@ -50,8 +49,9 @@ def keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _of_a_library(operator: Any) -> bool:
-    return str(getattr(operator, "namespace", "")).startswith(_ATTENTION_LIBRARIES)
+def _is_attention(operator: Any) -> bool:
+    of_a_library = str(getattr(operator, "namespace", "")).startswith(_ATTENTION_LIBRARIES)
+    return of_a_library or getattr(operator, "__name__", "") == "flex_attention"
 
 
 def _num(tensor: Tensor) -> int:

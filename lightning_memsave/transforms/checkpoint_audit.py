@@ -35,7 +35,7 @@ def recompute_findings(root: nn.Module, before: Mapping[str, RecomputeCounts]) -
         for name, counts in now.items()
     }
     modules = dict(root.named_modules())
-    compiled = {name for name in since if getattr(modules[name], "_compiled_call_impl", None) is not None}
+    compiled = {name for name in since if _is_compiled(name, modules)}
     if compiled:
         text = f"{len(compiled)} blocks are compiled: the compiler recomputes them, uncounted."
         yield Finding("recomputation", "ok", text, tuple(compiled))
@@ -45,6 +45,18 @@ def recompute_findings(root: nn.Module, before: Mapping[str, RecomputeCounts]) -
     silent = inactive_regularization(root)
     if silent:
         yield Finding("eval mode", "warning", silent)
+
+
+def _is_compiled(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a module or one it is in is compiled, by any of the three ways."""
+    parts = name.split(".")
+    chain = [modules[".".join(parts[:depth])] for depth in range(len(parts) + 1)]
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None  # module.compile()
+        or getattr(module, "_compiler_ctx", None) is not None  # torch.compile(a LightningModule)
+        or type(module).__name__ == "OptimizedModule"  # torch.compile(module)
+        for module in chain
+    )
 
 
 def _judge(since: Mapping[str, RecomputeCounts]) -> Iterator[Finding]:

@@ -99,6 +99,22 @@ def test_blocks_that_never_recompute_are_a_problem():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo reads it while it traces
+@pytest.mark.parametrize("inner", [True, False])
+def test_compiled_blocks_are_not_counted_and_not_blamed(inner):
+    class Compiled(LitLM):
+        def _build(self) -> None:
+            super()._build()
+            for module in self.net.blocks if inner else [self.net]:
+                module.compile(backend="eager")
+
+    found = audit(Compiled(), ActivationCheckpointing(), strict=True)
+    torch._dynamo.reset()
+    assert [f["text"] for f in found["recomputation"]] == [
+        "2 blocks are compiled: the compiler recomputes them, uncounted."
+    ]
+
+
 def test_a_frozen_encoder_is_a_warning_and_not_a_problem():
     class Frozen(LitLM):
         def _build(self) -> None:

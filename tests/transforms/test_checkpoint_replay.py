@@ -354,6 +354,15 @@ def test_the_models_own_reentrant_checkpoint_inside_a_block_stays_right():
     compare(lambda: Stack(Own), torch.randn(4, 8, requires_grad=True))
 
 
+def test_function_transforms_are_refused_by_name():
+    model = Stack(Residual)
+    checkpoint_blocks(model)
+    weights = dict(model.named_parameters())
+    slope = torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x,)).sum())
+    with pytest.raises(ConfigurationError, match=r"'layers.0' was called inside a torch.func transform"):
+        slope(weights, torch.randn(2, 8))
+
+
 def test_jit_tracing_sees_the_plain_forward():
     model = Stack(Residual)
     checkpoint_blocks(model)
