@@ -35,7 +35,8 @@ class ActivationCheckpointing(ModelTransform):
     **Costs** one more forward of the blocks per backward, at most: what follows the last value the backward needs is
     not repeated. ``"selective"`` repeats the cheap operations only.
     **Numerics** are bitwise equal: random numbers, autocast, hooks, batch-norm statistics and the state of stateful
-    layers are replayed, and updated once.
+    layers are replayed, and updated once. A key/value cache that a model would fill while it trains stays empty, as
+    with ``use_cache=False``.
     **Does not combine with** a second ``ActivationCheckpointing`` over the same modules, a filled key/value cache, or
     ``torch.func`` transforms over the blocks.
 
