@@ -45,7 +45,7 @@ class LoRA(ModelTransform):
         variant: ``lora``, ``rslora`` (scaled by ``alpha / sqrt(rank)``) or ``dora`` (also trains each row's magnitude).
         train: Globs and class names of modules that stay trainable as they are, e.g. a new head.
         frozen_dtype: ``bf16`` or ``fp16`` to store frozen linear and embedding weights in; ``None`` leaves them. Layers
-            cast as they compute; code that reads such a weight itself, e.g. ``F.linear(x, embedding.weight)``, must cast.
+            cast as they compute; code that reads such a weight itself (``F.linear(x, embedding.weight)``) must cast.
         adapter_dtype: ``fp32`` or ``bf16`` to store the adapters in.
 
     Raises:
