@@ -29,7 +29,7 @@ from .methods import (
     make,
 )
 
-PLACE_KINDS = ("language", "gan", "hf_llama")
+PLACE_KINDS = ("language", "gan")
 
 
 @pytest.fixture(autouse=True)
