@@ -23,7 +23,7 @@ ADAPTERS = ("LoRA", "QLoRA")
 
 # (method, kind) -> what the refusal must say
 REFUSED: dict[tuple[str, str], str] = {
-    ("LowMemoryOptimizer", "line_search"): "LBFGS",
+    ("LowMemoryOptimizer", "line_search"): "LBFGS.*evaluates the closure several times",
     ("WeightQuantization", "vision"): "no layer this can work on",  # convolutions
     ("QLoRA", "vision"): "found no linear layer",
     ("WeightQuantization", "autoencoder"): "decoder.0.0 trains",

@@ -136,6 +136,7 @@ def summary(result: Record) -> str:
 def run_process(command: Sequence[str], limit_seconds: float) -> int | None:
     """Run a command in a process group of its own and return its exit status, or ``None`` if it was stopped."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # HF Trainer would spread over all devices it sees
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         return process.wait(timeout=limit_seconds)
