@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 OMP_NUM_THREADS ?= 1
+# Test processes at a time.
+WORKERS ?= 2
 # Where torch comes from a CPU-only index by default, this pin keeps pip from choosing another build.
 CONSTRAINTS ?= -c constraints.txt
 
@@ -27,10 +29,10 @@ demo: $(DEMO_READY)  ## Fine-tune a real language model plainly and with the sav
 	$(RUN) examples/quickstart.py --output demo
 
 test: $(TEST_READY)  ## Run the tests (a few minutes on two cores)
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(TEST_READY)  ## Run the tests and the slow ones
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(RUN) -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
 test-oldest:  ## Run the tests with the oldest supported Lightning, transformers, peft and bitsandbytes
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS="-c constraints.txt -c constraints-oldest.txt"

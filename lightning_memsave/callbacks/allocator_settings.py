@@ -14,8 +14,9 @@ from lightning_memsave.memory.allocator import (
     set_expandable_segments,
     set_mmap_threshold,
 )
+from lightning_memsave.memory.heap_trim import HeapTrimmer
 from lightning_memsave.transforms._autocast_cache import AutocastCache
-from lightning_memsave.units import format_bytes, parse_size
+from lightning_memsave.units import MIB, format_bytes, parse_size
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -42,6 +43,9 @@ class AllocatorSettings(Saver):
         empty_cache_after_setup: Give cached memory back once the model is built, quantized and moved.
         host_mmap_threshold: Size from which glibc returns a freed host block at once, e.g. ``"16MiB"``; ``None`` leaves
             the heap alone. It stays set until the process ends.
+        host_trim: Growth of the process, e.g. ``"128MiB"``, at which a thread gives freed host memory back to the
+            system (glibc, tcmalloc, jemalloc, mimalloc); ``None`` never does. It counts where tensors live on the host:
+            CPU training, offloading, loading.
         autocast_cache: Whether autocast keeps its 16-bit copies of the weights until the forward is over. ``None``
             leaves what Lightning does (2.6 keeps none, so a module called several times holds as many copies),
             ``"auto"`` keeps them if the first step calls a module more than once and nothing is recomputed.
@@ -65,6 +69,7 @@ class AllocatorSettings(Saver):
         expandable_segments: bool = True,
         empty_cache_after_setup: bool = True,
         host_mmap_threshold: int | str | None = None,
+        host_trim: int | str | None = None,
         autocast_cache: Literal["auto", "on", "off"] | None = None,
     ) -> None:
         problems = []
@@ -73,12 +78,19 @@ class AllocatorSettings(Saver):
                 problems += mmap_threshold_problems(parse_size(host_mmap_threshold))
             except ConfigurationError as error:
                 problems.append(f"host_mmap_threshold: {error}")
+        if host_trim is not None:
+            try:
+                if parse_size(host_trim) < MIB:
+                    problems.append(f'host_trim={host_trim!r} is below 1 MiB. Write "128MiB" or "256MiB".')
+            except ConfigurationError as error:
+                problems.append(f"host_trim: {error}")
         if autocast_cache not in (None, "auto", "on", "off"):
             problems.append(f'autocast_cache={autocast_cache!r} is not a policy. Write None, "auto", "on" or "off".')
         raise_problems(_NAME, problems)
         self.expandable_segments = expandable_segments
         self.empty_cache_after_setup = empty_cache_after_setup
         self.host_mmap_threshold = host_mmap_threshold
+        self.host_trim = host_trim
         self.autocast_cache = autocast_cache
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,6 +101,9 @@ class AllocatorSettings(Saver):
             session.shared(_NAME, lambda: _Segments(session))
         if self.host_mmap_threshold is not None:
             session.report(_NAME, set_mmap_threshold(parse_size(self.host_mmap_threshold)))
+
+        if self.host_trim is not None:
+            session.shared("host_trim", lambda: _Trim(session, parse_size(self.host_trim or 0)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Empty the cache of what setup left, and set autocast's cache."""
@@ -114,6 +129,14 @@ class _Segments:
         if self.before is not None:
             restore_configuration(self.before)
             self.before = None
+
+
+class _Trim(HeapTrimmer):
+    """The trimming of a run."""
+
+    def __init__(self, session: Session, growth_bytes: int) -> None:
+        super().__init__(growth_bytes)
+        session.report(_NAME, self.start())
 
 
 class _Autocast:

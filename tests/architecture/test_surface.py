@@ -13,7 +13,13 @@ import lightning_memsave
 SURFACE = {
     "ActivationCheckpointing": ["modules", "policy", "every_n", "budget"],
     "AdapterCheckpoint": ["export_peft"],
-    "AllocatorSettings": ["expandable_segments", "empty_cache_after_setup", "host_mmap_threshold", "autocast_cache"],
+    "AllocatorSettings": [
+        "expandable_segments",
+        "empty_cache_after_setup",
+        "host_mmap_threshold",
+        "host_trim",
+        "autocast_cache",
+    ],
     "EarlyZeroGrad": [],
     "LoRA": ["rank", "alpha", "dropout", "modules", "variant", "train", "frozen_dtype", "adapter_dtype"],
     "LowMemoryOptimizer": ["name", "options", "keep_32bit"],
