@@ -45,8 +45,7 @@ def heap_release(heap: str | None = None) -> Callable[[], object] | None:
 class HeapTrimmer:
     """Give freed host memory back each time the process has grown by ``growth_bytes``.
 
-    glibc serves blocks below 32 MiB from a heap, and a freed block between two used ones stays resident; before glibc
-    2.38 an aligned request, as torch makes them, often cannot even reuse a freed block of its own size. A thread
+    glibc serves blocks below 32 MiB from a heap, and a freed block between two used ones stays resident. A thread
     watches the resident set and releases the free pages when it has grown: the peak is then what is in use and at
     most ``growth_bytes`` more, plus what is allocated between two looks (20 ms).
 
