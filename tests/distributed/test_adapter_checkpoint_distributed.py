@@ -174,7 +174,7 @@ def test_fsdp2_goes_on_from_a_checkpoint_of_one_process(ranks: Callable[..., lis
     for state, steps in ranks(_from_one_process, str(tmp_path / "1-epoch=0.ckpt")):
         assert set(steps) == {"6.0"}
         for key, value in expected.items():
-            # worst seen 2.4e-7: gradients are averaged over two equal halves
+            # worst seen 0.0; averaging the gradients of two halves may round differently elsewhere
             torch.testing.assert_close(state[key], value, rtol=0, atol=2e-6)
 
 
