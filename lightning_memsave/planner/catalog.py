@@ -49,6 +49,10 @@ class Method:
         return f"lightning_memsave.{self.name}"
 
 
+# Links from docs/methods.md.
+_DEMO = "[SmolLM2-135M demo](benchmarks/smollm2-135m-demo_cpu_202611.md)"
+_BENCH = "[SmolLM2-135M beside HF Trainer](benchmarks/smollm2-135m_cpu_202611.md)"
+
 CATALOG: tuple[Method, ...] = (
     Method(
         name="ActivationCheckpointing",
@@ -57,6 +61,7 @@ CATALOG: tuple[Method, ...] = (
         costs="one more forward of the blocks per step (about 1/3 of the step)",
         numerics="exact",
         use_when="activations dominate: long sequences, large batches, deep models",
+        measured="activations at the peak 1505 -> 0 MiB: " + _DEMO,
         source="Chen et al. 2016, https://arxiv.org/abs/1604.06174",
     ),
     Method(
@@ -66,6 +71,7 @@ CATALOG: tuple[Method, ...] = (
         costs="dequantization in every forward and backward of a quantized layer",
         numerics="bounded",
         use_when="the weights are frozen and do not fit",
+        measured="frozen weights 513 -> 161 MiB with nf4, the embedding stays fp32: " + _DEMO,
         requires=("bitsandbytes",),
         init_args={"kind": "nf4"},
         source="Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; Dettmers et al. 2022, https://arxiv.org/abs/2208.07339",
@@ -77,6 +83,7 @@ CATALOG: tuple[Method, ...] = (
         costs="two thin matrix products per adapted layer; rank * (in + out) trained values each",
         numerics="statistical",
         use_when="a fine-tune may train a low-rank change instead of every weight",
+        measured="tensor peak 1745 (full, adamw_8bit) -> 1245 MB: " + _BENCH,
         requires=("peft",),
         init_args={"rank": 8},
         source="Hu et al. 2021, https://arxiv.org/abs/2106.09685",
@@ -88,6 +95,7 @@ CATALOG: tuple[Method, ...] = (
         costs="those of WeightQuantization and of LoRA",
         numerics="statistical",
         use_when="fine-tuning a model whose 16-bit weights alone do not fit",
+        measured="tensor peak 3750 -> 862 MiB, -77 %: " + _DEMO,
         requires=("bitsandbytes", "peft"),
         init_args={"rank": 16},
         source="Dettmers et al. 2023, https://arxiv.org/abs/2305.14314",
@@ -99,6 +107,7 @@ CATALOG: tuple[Method, ...] = (
         costs="the base model must be at hand when a checkpoint is loaded; its fingerprint is checked",
         numerics="exact",
         use_when="adapters or few layers are trained; attached by LoRA and QLoRA",
+        measured="29.9 MB a checkpoint with Adam moments: LoRA r=8 on the SmolLM2-135M shape",
     ),
     Method(
         name="LowMemoryOptimizer",
@@ -107,6 +116,7 @@ CATALOG: tuple[Method, ...] = (
         costs="quantization of the state in each step; another update rule where the name says so",
         numerics="statistical",
         use_when="full-parameter training: optimizer state is the largest part",
+        measured="state 1026 -> 422 MiB with adamw_8bit, the embedding stays 32-bit: " + _DEMO,
         requires=("bitsandbytes",),
         init_args={"name": "adamw_8bit"},
         source="Dettmers et al. 2022, https://arxiv.org/abs/2110.02861",
@@ -118,6 +128,7 @@ CATALOG: tuple[Method, ...] = (
         costs="nothing; gradients are None in on_train_batch_end",
         numerics="exact",
         use_when="always",
+        measured="tensor peak -25 % where activations are as large as gradients",
     ),
     Method(
         name="AllocatorSettings",
@@ -126,6 +137,7 @@ CATALOG: tuple[Method, ...] = (
         costs="nothing measurable",
         numerics="exact",
         use_when="always, on an accelerator",
+        measured="process peak of LoRA under glibc with host_trim: 2820 -> 1903 MB: " + _BENCH,
     ),
     Method(
         name="MemoryProfiler",
@@ -134,6 +146,7 @@ CATALOG: tuple[Method, ...] = (
         costs="the profiled steps run slower; the others are untouched",
         numerics="exact",
         use_when="to see what to save on",
+        measured="1.0 microsecond a step that is not profiled",
     ),
     Method(
         name="MemoryAudit",
