@@ -73,7 +73,13 @@ _WHOLE_WEIGHTS = (
     "needs whole weights: where configure_model calls fully_shard itself, call lightning_memsave.apply(self, [...]) "
     "before it, or the run is refused"
 )
+_STAYS_IN_WORKER = (
+    "trained adapters stay in the worker process: load them from a checkpoint, or the run is refused where none is "
+    "written"
+)
 METHOD_CONDITIONS: dict[tuple[str, str], str] = {
+    ("LoRA", "ddp_spawn"): _STAYS_IN_WORKER,
+    ("QLoRA", "ddp_spawn"): _STAYS_IN_WORKER,
     ("WeightQuantization", "fsdp2"): _WHOLE_WEIGHTS,
     ("LoRA", "fsdp2"): _WHOLE_WEIGHTS,
     ("QLoRA", "fsdp2"): _WHOLE_WEIGHTS,

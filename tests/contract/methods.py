@@ -46,8 +46,6 @@ def make(name: str, kind: str) -> Any:
         arguments["modules"] = list(KINDS[kind].layers or KINDS[kind].blocks)
     elif name == "ActivationCheckpointing":
         arguments["modules"] = list(KINDS[kind].blocks)
-    elif name == "LoRA" and kind == "vision":  # its one linear layer is the head, which "auto" leaves out
-        arguments["modules"] = ["Linear"]
     return getattr(lightning_memsave, name)(**arguments)
 
 
