@@ -18,21 +18,26 @@ from lightning_memsave.units import MIB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 
-# Blocks below glibc's threshold with small used ones between them: freed, they stay resident.
+# Blocks below glibc's threshold with small used ones between them: freed, they stay resident. 300 MiB are freed and
+# 80 MiB are added: a trimmed process has grown by about 80 MiB, another by about 380 MiB. The last line waits for the
+# trimmer's thread, which a busy machine may run late.
 FRAGMENT = """
 import sys, time, torch
 from lightning_memsave.memory.heap_trim import HeapTrimmer
 from lightning_memsave.memory.host import host_allocator, host_memory
-x = torch.empty(6 * 2**20); del x  # freeing 24 MiB makes glibc keep blocks of 1 MiB in its heap
+x = torch.ones(6 * 2**20); del x  # freeing 24 MiB makes glibc keep blocks of 1 MiB in its heap
+start = host_memory().rss_bytes
 trimmer = HeapTrimmer(16 * 2**20)
 said = trimmer.start() if sys.argv[1] == "trim" else ""
 blocks = [torch.ones(2**18 if i % 2 else 16) for i in range(600)]
 held = blocks[0::2]
 del blocks
 more = torch.ones(20 * 2**20)  # the process grows: the freed blocks go
-time.sleep(0.5)
+deadline = time.monotonic() + (40 if "(glibc)" in said else 0.5)
+while (grown := host_memory().rss_bytes - start) > 200 * 2**20 and time.monotonic() < deadline:
+    time.sleep(0.02)
 trimmer.close()
-print(host_allocator(), trimmer.num_releases, host_memory().rss_bytes, said, sep="|")
+print(host_allocator(), trimmer.num_releases, grown, said, sep="|")
 """
 
 
@@ -46,20 +51,21 @@ def library(name: str) -> str:
 def fragment(mode: str, preload: str = "") -> tuple[str, int, int, str]:
     environment = {**os.environ, "LD_PRELOAD": preload} if preload else dict(os.environ)
     done = subprocess.run(
-        [sys.executable, "-c", FRAGMENT, mode], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FRAGMENT, mode], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
-    heap, releases, rss, said = done.stdout.strip().split("|")
-    return heap, int(releases), int(rss), said
+    heap, releases, grown, said = done.stdout.strip().split("|")
+    return heap, int(releases), int(grown), said
 
 
 def test_a_fragmented_glibc_heap_is_given_back():
-    heap, _, before, _ = fragment("none")
+    heap, _, grown, _ = fragment("none")
     if heap != "glibc":
         pytest.skip(f"this process uses {heap}")
-    _, releases, after, said = fragment("trim")
+    assert grown > 300 * MIB
+    _, releases, grown, said = fragment("trim")
     assert releases >= 1
     assert "16.00 MiB of growth (glibc)" in said
-    assert before - after > 150 * MIB  # 300 blocks of 1 MiB were freed
+    assert grown < 200 * MIB
 
 
 @pytest.mark.parametrize("name", ["tcmalloc_minimal.so", "jemalloc", "mimalloc"])
