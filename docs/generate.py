@@ -33,14 +33,17 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
-def link(name: str) -> str:
-    return f"[`{name}`](reference/callbacks.md#lightning_memsave.{name})"
+_REFERENCE = {"callbacks": "callbacks", "strategy": "strategies", "plugins": "precision"}
+
+
+def link(method: Method) -> str:
+    return f"[`{method.name}`](reference/{_REFERENCE[method.slot]}.md#lightning_memsave.{method.name})"
 
 
 def when_to_use() -> str:
     """Return what each method is for and what it does."""
     header = ["Method", "When to use", "Saves", "Costs", "Numbers"]
-    return table(header, ([link(m.name), m.use_when, m.saves, m.costs, m.numerics] for m in CATALOG))
+    return table(header, ([link(m), m.use_when, m.saves, m.costs, m.numerics] for m in CATALOG))
 
 
 def needs() -> str:
@@ -48,7 +51,7 @@ def needs() -> str:
 
     def row(method: Method) -> list[str]:
         libraries = ", ".join(method.requires) or "nothing more"
-        return [link(method.name), libraries, not_with(method.name), method.measured or "-"]
+        return [link(method), libraries, not_with(method.name), method.measured or "-"]
 
     return table(["Method", "Needs", "Not together with", "Measured"], map(row, CATALOG))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memsave.errors import MissingDependencyError
 
-__all__ = ["NAMESPACES", "Callback", "namespace_of", "strategy_kind"]
+__all__ = ["NAMESPACES", "Callback", "namespace_of", "of_every_namespace", "strategy_kind"]
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -35,14 +35,22 @@ def _installed() -> list[ModuleType]:
 
 NAMESPACES = _installed()
 
+
+def of_every_namespace(path: str) -> type:
+    """Return a class that is ``path``, e.g. ``strategies.DDPStrategy``, of every namespace that is installed.
+
+    The first namespace's methods run; the second makes ``isinstance`` true for its Trainer too.
+    """
+    place, _, name = path.rpartition(".")
+    modules = [importlib.import_module(f"{n.__name__}.{place}") if place else n for n in NAMESPACES]
+    about = f"Lightning's {name}, of every namespace that is installed."
+    return type(name, tuple(getattr(m, name) for m in modules), {"__doc__": about, "__module__": __name__})
+
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
-    Callback = type(
-        "Callback",
-        tuple(namespace.Callback for namespace in NAMESPACES),
-        {"__doc__": "Lightning's Callback, of every namespace that is installed.", "__module__": __name__},
-    )
+    Callback = of_every_namespace("Callback")
 
 
 def namespace_of(trainer: Any) -> ModuleType:

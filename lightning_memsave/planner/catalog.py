@@ -29,6 +29,7 @@ class Method:
         requires: Optional libraries, by import name.
         init_args: Arguments with which the contract tests build it.
         source: Paper or library.
+        slot: The Trainer argument it is passed to.
 
     """
 
@@ -42,6 +43,7 @@ class Method:
     requires: tuple[str, ...] = ()
     init_args: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    slot: Literal["callbacks", "strategy", "plugins"] = "callbacks"
 
     @property
     def class_path(self) -> str:

@@ -28,7 +28,7 @@ def test_every_row_instantiates_its_class_path_with_its_arguments(row: Method) -
 def test_every_public_callback_has_a_row() -> None:
     public = {name: getattr(lightning_memsave, name) for name in lightning_memsave.__all__}
     savers = {name for name, value in public.items() if inspect.isclass(value) and issubclass(value, Saver)}
-    assert savers - BASES == {row.name for row in CATALOG}
+    assert savers - BASES == {row.name for row in CATALOG if row.slot == "callbacks"}
 
 
 def test_no_name_collides_with_lightning() -> None:

@@ -16,7 +16,7 @@ from .kinds import KINDS
 
 # Refuses a module in which nothing is frozen; of the kinds, only the autoencoder has a frozen part.
 NEEDS_FROZEN_PARTS = ("AdapterCheckpoint",)
-METHODS = tuple(row.name for row in CATALOG if row.name not in NEEDS_FROZEN_PARTS)
+METHODS = tuple(row.name for row in CATALOG if row.slot == "callbacks" and row.name not in NEEDS_FROZEN_PARTS)
 EXACT = tuple(name for name in METHODS if method(name).numerics == "exact")
 OTHERS = tuple(name for name in METHODS if name not in EXACT)
 ADAPTERS = ("LoRA", "QLoRA")

@@ -22,7 +22,7 @@ ADAM_KINDS = tuple(kind for kind, row in KINDS.items() if row.task.configure_opt
 
 
 def test_every_method_of_the_catalog_has_a_row() -> None:
-    assert {*METHODS, *NEEDS_FROZEN_PARTS} == {row.name for row in CATALOG}
+    assert {*METHODS, *NEEDS_FROZEN_PARTS} == {row.name for row in CATALOG if row.slot == "callbacks"}
     assert {kind for _, kind in REFUSED} <= set(KINDS)
     assert len(EXACT) + len(OTHERS) == len(METHODS)
 

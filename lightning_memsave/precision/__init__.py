@@ -1,0 +1,1 @@
+"""Precision plugins: which dtype weights and arithmetic have."""

@@ -1,0 +1,1 @@
+"""Strategies: how a run is spread over devices, in less memory."""
