@@ -19,22 +19,16 @@ def swapped_state_bytes(
 ) -> int:
     """Return the state bytes of the new optimizer once every trainable parameter has stepped."""
     parameters = trainable_parameters(optimizer)
-    tables = row.shared_bytes if any(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters) else 0
+    tables = row.shared_bytes if any(row.has_narrow_state(p, id(p) in keep_32bit, options) for p in parameters) else 0
     return tables + sum(row.state_bytes(p, id(p) in keep_32bit, options) for p in parameters)
 
 
 def rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
     """Return what changes in the mathematics of a step."""
     notes = []
-    if not same_rule:
+    if not (same_rule and row.same_rule):
         notes.append(f"another update rule than {type(old).__name__}")
-        if row.family == "lion":
-            notes.append("Lion wants a learning rate 3 to 10 times smaller than AdamW's; it was kept")
-        if row.family == "adafactor":
-            notes.append(
-                "Adafactor scales each step by the size of the weights and wants a larger learning rate "
-                "(1e-3 to 1e-2); it was kept"
-            )
+        notes += [row.rule_note] if row.rule_note else []
     cycles = any("max_momentum" in group for group in old.param_groups)  # written by OneCycleLR and CyclicLR
     if cycles and (row.family == "adafactor" or "betas" not in old.defaults):
         notes.append("the momentum that the scheduler cycles has no effect; the learning rate's cycle has")
@@ -51,14 +45,15 @@ def size_notes(new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], ke
     """Return how many tensors an option reaches, and that it has no effect where it reaches none."""
     parameters = trainable_parameters(new)
     notes = []
-    if row.bits == 8:
-        narrow = sum(row.uses_8bit(p, id(p) in keep_32bit, options) for p in parameters)
+    if row.bits < 32:
+        narrow = sum(row.has_narrow_state(p, id(p) in keep_32bit, options) for p in parameters)
         if narrow == 0:
             notes.append(
-                f"no effect: 0 of {len(parameters)} trainable tensors get 8-bit state (small, embedding or norm)"
+                f"no effect: 0 of {len(parameters)} trainable tensors get {row.bits}-bit state "
+                "(small, embedding or norm)"
             )
         else:
-            notes.append(f"8-bit state for {narrow} of {len(parameters)} trainable tensors")
+            notes.append(f"{row.bits}-bit state for {narrow} of {len(parameters)} trainable tensors")
     if row.paged:
         large = sum(p.numel() >= MIN_PAGED_ELEMENTS for p in parameters)
         if all(p.device.type == "cpu" for p in parameters):

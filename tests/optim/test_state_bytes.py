@@ -64,7 +64,7 @@ def test_prediction_of_every_row_is_exact(name, options, dtype) -> None:
     optimizer = row.build([{"params": made, "lr": 1e-3}], options, kept)
     step(optimizer)
     trained = [p for p in made if p.requires_grad]
-    tables = row.shared_bytes if any(row.uses_8bit(p, id(p) in kept, options) for p in trained) else 0
+    tables = row.shared_bytes if any(row.has_narrow_state(p, id(p) in kept, options) for p in trained) else 0
     assert held_state_bytes(optimizer) == tables + sum(row.state_bytes(p, id(p) in kept, options) for p in trained)
 
 
