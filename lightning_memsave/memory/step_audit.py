@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_memsave.memory._attention_spy import AttentionSpy, eager_attention
 from lightning_memsave.memory.audit import Finding, listed
@@ -30,7 +31,7 @@ class _Watched:
         self.missing: dict[int, Tensor] = {}
         self.seen: set[int] = set()
 
-    def stepped(self, *ignored: Any) -> None:
+    def stepped(self) -> None:
         self.steps += 1
         for parameter in _parameters(self.optimizer):
             if parameter.grad is not None:
@@ -55,7 +56,8 @@ class StepAudit:
         self._autocast = autocast
         self._watched = [_Watched(o) for o in optimizers if isinstance(o, Optimizer)]
         self._trainable = {id(p) for p in module.parameters() if p.requires_grad}
-        self._handles = [w.optimizer.register_step_post_hook(w.stepped) for w in self._watched]
+        # A hook of all optimizers: it also runs where an optimizer steps on one parameter inside of a backward.
+        self._handles = [register_optimizer_step_post_hook(self._stepped)]
         self._compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
         self._spy = AttentionSpy()
         self._reentrant = 0
@@ -65,6 +67,11 @@ class StepAudit:
     def complete(self) -> bool:
         """Whether every optimizer has stepped."""
         return all(watched.steps for watched in self._watched)
+
+    def _stepped(self, optimizer: Optimizer, *ignored: Any) -> None:
+        for watched in self._watched:
+            if watched.optimizer is optimizer:
+                watched.stepped()
 
     def watching(self) -> AbstractContextManager[Any]:
         """Return the context of a training step; under ``torch.compile`` it looks at nothing."""

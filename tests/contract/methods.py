@@ -11,6 +11,7 @@ from torch import nn
 import lightning_memsave
 from lightning_memsave import Applied, ModelTransform, Stage
 from lightning_memsave.planner.catalog import CATALOG, method
+from lightning_memsave.planner.compatibility import cell
 
 from .kinds import KINDS
 
@@ -19,10 +20,13 @@ NEEDS_FROZEN_PARTS = ("AdapterCheckpoint",)
 METHODS = tuple(row.name for row in CATALOG if row.slot == "callbacks" and row.name not in NEEDS_FROZEN_PARTS)
 EXACT = tuple(name for name in METHODS if method(name).numerics == "exact")
 OTHERS = tuple(name for name in METHODS if name not in EXACT)
+EXACT_UNDER_DDP = tuple(name for name in EXACT if cell(name, "ddp")[0] != "no")
 ADAPTERS = ("LoRA", "QLoRA")
 
 # (method, kind) -> what the refusal must say
 REFUSED: dict[tuple[str, str], str] = {
+    ("GradientRelease", "line_search"): "LBFGS.*evaluates the closure several times",
+    **{("GradientRelease", kind): "optimizes manually" for kind in ("manual", "gan", "retain_graph", "several_steps")},
     ("LowMemoryOptimizer", "line_search"): "LBFGS.*evaluates the closure several times",
     ("WeightQuantization", "vision"): "no layer this can work on",  # convolutions
     ("QLoRA", "vision"): "found no linear layer",
@@ -51,7 +55,7 @@ def make(name: str, kind: str) -> Any:
 
 def exact_set(kind: str) -> list[Any]:
     """Return every exact method at once."""
-    return [make(name, kind) for name in EXACT]
+    return [make(name, kind) for name in EXACT if (name, kind) not in REFUSED]
 
 
 class Counted(ModelTransform):

@@ -14,7 +14,7 @@ from torch import Tensor
 from .batches import loader
 from .harness import assert_same_state, trainer_for
 from .kinds import KINDS, build
-from .methods import EXACT, OTHERS, make
+from .methods import EXACT, EXACT_UNDER_DDP, OTHERS, make
 
 Results = dict[str, tuple[list[float], dict[str, Tensor]]]
 
@@ -40,7 +40,7 @@ def _train_ddp(rank: int, kind: str, names: list[tuple[str, ...]]) -> Results:
 
 @pytest.mark.parametrize("kind", ["dropout", "hf_bert"])
 def test_ddp_with_an_exact_method_equals_ddp_without(kind: str, ranks: Callable[..., list[Results]]) -> None:
-    names = [(), *((name,) for name in EXACT), EXACT]
+    names = [(), *((name,) for name in EXACT_UNDER_DDP), EXACT_UNDER_DDP]
     for results in ranks(_train_ddp, kind, names):
         plain_losses, plain_state = results[""]
         for chosen in names[1:]:
@@ -50,7 +50,7 @@ def test_ddp_with_an_exact_method_equals_ddp_without(kind: str, ranks: Callable[
 
 
 def test_ddp_with_the_other_methods_keeps_the_ranks_equal(ranks: Callable[..., list[Results]]) -> None:
-    names = [(name,) for name in OTHERS] + [("QLoRA", *EXACT, "LowMemoryOptimizer")]
+    names = [(name,) for name in OTHERS] + [("QLoRA", *EXACT_UNDER_DDP, "LowMemoryOptimizer")]
     first, second = ranks(_train_ddp, "hf_llama", names)
     for key, (losses, state) in first.items():
         other_losses, other_state = second[key]
@@ -108,5 +108,5 @@ def test_ddp_spawn_pickles_the_callbacks_and_brings_the_weights_back() -> None:
         make_trainer(pl, strategy="ddp_spawn", devices=2, callbacks=callbacks).fit(module, make_loader(batch_size=4))
         return module
 
-    callbacks = [make(name, "language") for name in EXACT]
+    callbacks = [make(name, "language") for name in EXACT_UNDER_DDP]
     assert_same_state(train(callbacks).state_dict(), train([]).state_dict())

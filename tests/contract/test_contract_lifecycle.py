@@ -40,8 +40,7 @@ def _fresh_counts() -> None:
 
 # -- where the model is built ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", PLACE_KINDS)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("name", "kind"), combinations(EXACT, PLACE_KINDS))
 def test_the_model_may_be_built_anywhere(name: str, kind: str, place: str) -> None:
     expected = plain(kind, place=place)
     assert_equal(run(kind, [make(name, kind)], place=place), expected)
@@ -115,8 +114,7 @@ def _broken(kind: str, callbacks: list[Any]) -> tuple[Any, Any]:
     return module, trainer
 
 
-@pytest.mark.parametrize("kind", ["language", "gan"])
-@pytest.mark.parametrize("name", [*EXACT, "LowMemoryOptimizer"])
+@pytest.mark.parametrize(("name", "kind"), combinations([*EXACT, "LowMemoryOptimizer"], ["language", "gan"]))
 def test_an_exception_in_a_step_leaves_nothing_behind(name: str, kind: str) -> None:
     module, _ = _broken(kind, [make(name, kind)])
     expected, _ = _broken(kind, [])
@@ -167,8 +165,7 @@ def _three_runs(kind: str, callbacks: list[Any], namespace: str = NAMESPACES[0])
     return outcome(module, trainer)
 
 
-@pytest.mark.parametrize("kind", ["vision", "manual"])
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("name", "kind"), combinations(EXACT, ["vision", "manual"]))
 def test_fit_validate_test_fit_again_equals_the_plain_sequence(name: str, kind: str) -> None:
     assert_equal(_three_runs(kind, [make(name, kind)]), _three_runs(kind, []))
 
