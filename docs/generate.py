@@ -75,7 +75,7 @@ def strategies() -> str:
     """Return method x strategy."""
     return table(
         ["Method", *STRATEGIES],
-        ([f"`{m.name}`", *(cell(m.name, kind)[0] for kind in STRATEGIES)] for m in CATALOG),
+        ([f"`{m.name}`", *(cell(m.name, kind)[0] for kind in STRATEGIES)] for m in CATALOG if m.slot != "strategy"),
     )
 
 

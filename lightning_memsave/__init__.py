@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from lightning_memsave.callbacks.allocator_settings import AllocatorSettings as AllocatorSettings
     from lightning_memsave.callbacks.early_zero_grad import EarlyZeroGrad as EarlyZeroGrad
+    from lightning_memsave.callbacks.gradient_release import GradientRelease as GradientRelease
     from lightning_memsave.callbacks.lora import LoRA as LoRA
     from lightning_memsave.callbacks.low_memory_optimizer import LowMemoryOptimizer as LowMemoryOptimizer
     from lightning_memsave.callbacks.memory_audit import MemoryAudit as MemoryAudit
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.model_transform import ModelTransform as ModelTransform
     from lightning_memsave.callbacks.presets import preset as preset
     from lightning_memsave.callbacks.qlora import QLoRA as QLoRA
+    from lightning_memsave.callbacks.tiled_compute import TiledCompute as TiledCompute
     from lightning_memsave.callbacks.weight_quantization import WeightQuantization as WeightQuantization
     from lightning_memsave.errors import CheckpointMismatchError as CheckpointMismatchError
     from lightning_memsave.errors import ConfigurationError as ConfigurationError
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
     from lightning_memsave.memory.peak_metric import PeakMemory as PeakMemory
     from lightning_memsave.memory.report import MemoryReport as MemoryReport
     from lightning_memsave.memory.report import last_report as last_report
+    from lightning_memsave.strategies.block_ddp import BlockDDPStrategy as BlockDDPStrategy
     from lightning_memsave.transforms._adapter_files import load_adapters as load_adapters
     from lightning_memsave.transforms._pass import Applied as Applied
     from lightning_memsave.transforms._pass import AppliedTransforms as AppliedTransforms
     from lightning_memsave.transforms._pass import Stage as Stage
+    from lightning_memsave.transforms.merging import merge_adapters as merge_adapters
 
 __version__ = "0.1.0"
 
@@ -43,9 +47,11 @@ _EXPORTS = {
     "AllocatorSettings": "callbacks.allocator_settings",
     "Applied": "transforms._pass",
     "AppliedTransforms": "transforms._pass",
+    "BlockDDPStrategy": "strategies.block_ddp",
     "CheckpointMismatchError": "errors",
     "ConfigurationError": "errors",
     "EarlyZeroGrad": "callbacks.early_zero_grad",
+    "GradientRelease": "callbacks.gradient_release",
     "IncompatibleMethodsError": "errors",
     "LoRA": "callbacks.lora",
     "LowMemoryOptimizer": "callbacks.low_memory_optimizer",
@@ -59,10 +65,12 @@ _EXPORTS = {
     "PeakMemory": "memory.peak_metric",
     "QLoRA": "callbacks.qlora",
     "Stage": "transforms._pass",
+    "TiledCompute": "callbacks.tiled_compute",
     "WeightQuantization": "callbacks.weight_quantization",
     "apply": "callbacks._apply",
     "last_report": "memory.report",
     "load_adapters": "transforms._adapter_files",
+    "merge_adapters": "transforms.merging",
     "preset": "callbacks.presets",
 }
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning_memsave.errors import MissingDependencyError
+from lightning_memsave.strategies._registry import register_names
 
 __all__ = ["NAMESPACES", "Callback", "namespace_of", "of_every_namespace", "strategy_kind"]
 
@@ -34,6 +35,8 @@ def _installed() -> list[ModuleType]:
 
 
 NAMESPACES = _installed()
+for _namespace in NAMESPACES:
+    register_names(importlib.import_module(f"{_namespace.__name__}.strategies").StrategyRegistry)
 
 
 def of_every_namespace(path: str) -> type:
@@ -64,6 +67,7 @@ def namespace_of(trainer: Any) -> ModuleType:
 
 
 _KINDS = {
+    "BlockDDPStrategy": "memsave_ddp",
     "DeepSpeedStrategy": "deepspeed",
     "FSDPStrategy": "fsdp1",
     "ModelParallelStrategy": "fsdp2",
@@ -76,7 +80,7 @@ def strategy_kind(strategy: Any) -> str:
     """Return the column of the compatibility table a strategy belongs to.
 
     Returns:
-        One of ``single``, ``ddp``, ``ddp_spawn``, ``fsdp1``, ``fsdp2``, ``deepspeed``, ``other``.
+        One of ``single``, ``ddp``, ``ddp_spawn``, ``memsave_ddp``, ``fsdp1``, ``fsdp2``, ``deepspeed``, ``other``.
 
     """
     for cls in type(strategy).__mro__:

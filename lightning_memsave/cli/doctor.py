@@ -63,7 +63,8 @@ def _methods() -> list[dict[str, Any]]:
         {
             "name": row.name,
             "missing": missing_for(row.name),
-            "strategies": {kind: cell(row.name, kind) for kind in STRATEGIES},
+            # a strategy is a column of this table, not a row
+            "strategies": {} if row.slot == "strategy" else {kind: cell(row.name, kind) for kind in STRATEGIES},
             "refused_with": partners_refused(row.name),
         }
         for row in CATALOG
@@ -97,17 +98,24 @@ def _show_group(console: Console, title: str, rows: list[Row]) -> None:
 def _show_methods(console: Console, methods: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
+    from lightning_memsave.planner.compatibility import STRATEGIES
+
     reasons: list[str] = []
-    table = _table("Methods", gap=1)
-    table.add_column("method", no_wrap=True)
-    for title in ("here", *methods[0]["strategies"]):
-        table.add_column(title, no_wrap=True)
-    for method in methods:
-        missing = "\n".join(method["missing"])
-        here = ("no", missing) if missing else ("yes", "")
-        cells = [_cell(status, reason, reasons) for status, reason in (here, *method["strategies"].values())]
-        table.add_row(method["name"], *cells)
-    console.print(table)
+    rows = [method for method in methods if method["strategies"]]
+    # As many strategies side by side as fit eighty columns.
+    for first in range(0, len(STRATEGIES), _STRATEGIES_IN_A_ROW):
+        table = _table("Methods" if first == 0 else "Methods on other strategies", gap=1)
+        table.add_column("method", no_wrap=True)
+        kinds = STRATEGIES[first : first + _STRATEGIES_IN_A_ROW]
+        for title in (*(["here"] if first == 0 else []), *kinds):
+            table.add_column(title, no_wrap=True)
+        for method in rows:
+            missing = "\n".join(method["missing"])
+            here = [("no", missing) if missing else ("yes", "")] if first == 0 else []
+            entries = [*here, *(method["strategies"][kind] for kind in kinds)]
+            table.add_row(method["name"], *(_cell(status, reason, reasons) for status, reason in entries))
+        console.print(table)
+        console.print()
     for number, reason in enumerate(reasons, 1):
         console.print(Text(f"[{number}] {reason}", style="dim"))
     console.print()
@@ -130,6 +138,7 @@ def _table(title: str, gap: int = 2) -> Table:
     )
 
 
+_STRATEGIES_IN_A_ROW = 4
 _CELLS = {"yes": "green", "partly": "yellow", "no": "red", "untested": "dim"}
 
 

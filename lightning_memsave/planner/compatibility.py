@@ -27,7 +27,7 @@ __all__ = [
 
 Cell = Literal["yes", "partly", "no", "untested"]
 
-STRATEGIES = ("single", "ddp", "ddp_spawn", "fsdp1", "fsdp2", "deepspeed")
+STRATEGIES = ("single", "ddp", "ddp_spawn", "memsave_ddp", "fsdp1", "fsdp2", "deepspeed")
 # Need a GPU in every version of Lightning that is supported: nothing is claimed of them, and a run says so.
 UNTESTED_STRATEGIES = ("fsdp1", "deepspeed")
 
@@ -45,6 +45,10 @@ _ONE_DTYPE = (
     'Use strategy="ddp".'
 )
 _PACKED_ZERO = 'DeepSpeed partitions and casts what it takes for floating weights. Use strategy="ddp".'
+_BUCKETS = (
+    "DDP averages gradients in buckets that hold a full set of them, whatever is released. "
+    'Use strategy="memsave_ddp", which reduces block by block, or ModelParallelStrategy (FSDP2).'
+)
 METHOD_STRATEGIES: dict[tuple[str, str], str] = {
     ("WeightQuantization", "fsdp1"): _ONE_DTYPE,
     ("QLoRA", "fsdp1"): _ONE_DTYPE,
@@ -56,9 +60,14 @@ METHOD_STRATEGIES: dict[tuple[str, str], str] = {
         "FSDP1 gathers and writes whole flat tensors, frozen weights included. "
         'Drop AdapterCheckpoint, or use strategy="ddp".'
     ),
-    ("LowMemoryOptimizer", "fsdp2"): (
-        "none of its optimizers steps on sharded (DTensor) parameters. "
-        'Keep torch.optim.AdamW(fused=True), whose state FSDP2 splits over the ranks, or use strategy="ddp".'
+    ("GradientRelease", "ddp"): _BUCKETS,
+    ("GradientRelease", "ddp_spawn"): _BUCKETS,
+    ("GradientRelease", "fsdp1"): (
+        "FSDP1 keeps the gradients of a block in one flat tensor of its own until backward has ended. "
+        "Use ModelParallelStrategy (FSDP2)."
+    ),
+    ("GradientRelease", "deepspeed"): (
+        "DeepSpeed holds and reduces gradients itself, and steps in its own engine. Drop GradientRelease."
     ),
     ("WeightQuantization", "deepspeed"): _PACKED_ZERO,
     ("QLoRA", "deepspeed"): _PACKED_ZERO,
@@ -80,6 +89,10 @@ _STAYS_IN_WORKER = (
 METHOD_CONDITIONS: dict[tuple[str, str], str] = {
     ("LoRA", "ddp_spawn"): _STAYS_IN_WORKER,
     ("QLoRA", "ddp_spawn"): _STAYS_IN_WORKER,
+    ("LowMemoryOptimizer", "fsdp2"): (
+        "steps on the shards of a rank, so names that read whole matrices (adafactor) are refused: use adamw_8bit, "
+        "another name of bitsandbytes or torch.optim.AdamW"
+    ),
     ("WeightQuantization", "fsdp2"): _WHOLE_WEIGHTS,
     ("LoRA", "fsdp2"): _WHOLE_WEIGHTS,
     ("QLoRA", "fsdp2"): _WHOLE_WEIGHTS,

@@ -25,7 +25,7 @@ from lightning_memsave.planner.compatibility import (
     partners_refused,
 )
 
-NAMES = [row.name for row in CATALOG]
+NAMES = [row.name for row in CATALOG if row.slot == "callbacks"]
 REFUSED = sorted(tuple(sorted(pair)) for pair in METHOD_PAIRS)
 ALLOWED = [pair for pair in itertools.combinations(NAMES, 2) if frozenset(pair) not in METHOD_PAIRS]
 

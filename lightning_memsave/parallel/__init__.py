@@ -1,0 +1,1 @@
+"""Mechanisms for several processes, on torch alone."""
