@@ -17,6 +17,7 @@ from lightning_memsave.units import KIB
 __all__ = [
     "HostMemory",
     "host_allocator",
+    "host_available_bytes",
     "host_memory",
     "host_peak_bytes",
     "reset_host_peak",
@@ -112,12 +113,43 @@ def host_allocator() -> str | None:
     return None
 
 
+def host_available_bytes() -> int | None:
+    """Return the bytes that new allocations may still take: of this machine, or of this container if that is less.
+
+    ``None`` where this system does not say.
+    """
+    machine = _kib_fields(_PROC.parent / "meminfo").get("MemAvailable")
+    known = [size for size in (machine, _cgroup_available()) if size is not None]
+    return min(known) if known else None
+
+
 def shared_memory_free_bytes() -> int | None:
     """Return the free bytes of ``/dev/shm``, through which DataLoader workers pass batches; ``None`` without it."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
         return None
+
+
+_CGROUPS = (  # limit, used, statistics, the key of what the kernel can drop
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return what a container's limit leaves; ``None`` without a limit."""
+    for limit, used, statistics, droppable in _CGROUPS:
+        try:
+            most = (root / limit).read_text().strip()
+            if not most.isdigit():  # "max"
+                return None
+            lines = dict(line.split()[:2] for line in (root / statistics).read_text().splitlines())
+            taken = int((root / used).read_text()) - int(lines.get(droppable, 0))
+        except (OSError, ValueError):
+            continue
+        return max(0, int(most) - taken)
+    return None
 
 
 def _kib_fields(path: Path) -> dict[str, int]:
