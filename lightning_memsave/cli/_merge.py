@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from lightning_memsave.transforms.quantization import Quantization, quantize_wei
 __all__ = ["MergeRequest", "MergeResult", "merge_files"]
 
 VERB = "memsave merge"
+_IN_PYTHON = "Other modules are merged in Python: lightning_memsave.merge_adapters(module)."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROMPTS = (
     "The capital of France is",
@@ -91,22 +93,23 @@ def merge_files(request: MergeRequest) -> MergeResult:
     """Merge, compare and write.
 
     Raises:
-        ConfigurationError: If the output exists, the base cannot be loaded, or there is nothing to compare on.
+        ConfigurationError: If the output exists, the base is no Hugging Face model, or there is nothing to compare on.
         CheckpointMismatchError: If the adapters are not of this base.
 
     """
     if request.output.exists():
         raise ConfigurationError(
-            f"{VERB}: {str(request.output)!r} exists, and nothing is overwritten. Give another --output, or remove it."
+            f"{str(request.output)!r} exists, and nothing is overwritten. Give another --output, or remove it."
         )
     adapter = _read_adapter(request.adapter)
     if request.quantized_as is not None and adapter.stored:
         raise ConfigurationError(
-            f"{VERB}: --quantized-as is for adapters that do not say what they were trained on; these were trained on "
+            f"--quantized-as is for adapters that do not say what they were trained on; these were trained on "
             f"{_common(adapter.stored)}. Leave it out."
         )
     model = _load_model(request)
-    samples, said = _samples(request, model)
+    tokenizer = _tokenizer(request.base)
+    samples, said = _samples(request, model, tokenizer)
     num_quantized, trained_on = _store_as_trained(model, adapter, request.quantized_as)
     chosen = _base_weights(request.base_weights, trained_on)
     _attach(model, adapter, request.adapter)
@@ -120,7 +123,7 @@ def merge_files(request: MergeRequest) -> MergeResult:
     difference = float((_logits(model, samples) - expected).abs().max())
     allowed = request.max_difference is None or difference <= request.max_difference
     if allowed:
-        _save(model, request, report)
+        _save(model, tokenizer, request.output, report)
     return MergeResult(
         output=str(request.output) if allowed else None,
         base_weights=chosen,
@@ -140,7 +143,7 @@ def _base_weights(asked: str, trained_on: str | None) -> str:
         return "dequantized" if trained_on else "original"
     if asked == "dequantized" and not trained_on:
         raise ConfigurationError(
-            f"{VERB}: --base-weights dequantized, and the adapters were trained on floating weights (or do not say). "
+            "--base-weights dequantized, and the adapters were trained on floating weights (or do not say). "
             "Write --base-weights original, or --quantized-as nf4 if they were trained on a 4-bit base."
         )
     return asked
@@ -149,10 +152,10 @@ def _base_weights(asked: str, trained_on: str | None) -> str:
 # -- adapters -----------------------------------------------------------------------------------------------------
 def _read_adapter(path: Path) -> _Adapter:
     if not path.exists():
-        raise ConfigurationError(f"{VERB}: there is nothing at --adapter {str(path)!r}.")
+        raise ConfigurationError(f"there is nothing at --adapter {str(path)!r}.")
     if path.is_dir() and not (path / ".metadata").is_file():
         if not (path / "adapter_config.json").is_file():
-            raise ConfigurationError(f"{VERB}: {str(path)!r} is no PEFT folder: it has no adapter_config.json.")
+            raise ConfigurationError(f"{str(path)!r} is no PEFT folder: it has no adapter_config.json.")
         return _Adapter(config=read_peft(path)[0], stored={})
     record = read_checkpoint(path).get(RECORD_KEY)
     if not record or not record["adapters"]:
@@ -208,6 +211,11 @@ def _attach(model: nn.Module, adapter: _Adapter, path: Path) -> None:
 # -- the base -----------------------------------------------------------------------------------------------------
 def _load_model(request: MergeRequest) -> Any:
     transformers = require("transformers", VERB)
+    if Path(request.base).is_file():
+        raise ConfigurationError(
+            f"--base {request.base!r} is a file. Give the folder or the hub name of a Hugging Face model, as for "
+            f"from_pretrained. {_IN_PYTHON}"
+        )
     dtype = "auto" if request.dtype is None else _DTYPES[request.dtype]
     try:
         with _quiet(transformers):
@@ -217,7 +225,8 @@ def _load_model(request: MergeRequest) -> Any:
             model = cls.from_pretrained(request.base, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{VERB}: --base {request.base!r} cannot be loaded as a Hugging Face model: {str(error).splitlines()[0]}"
+            f"--base {request.base!r} cannot be loaded as a Hugging Face model: {str(error).splitlines()[0]} "
+            f"{_IN_PYTHON}"
         ) from error
     return model.eval()
 
@@ -267,26 +276,35 @@ def _dequantize_rest(model: nn.Module) -> None:
 
 
 # -- comparing and writing ----------------------------------------------------------------------------------------
-def _samples(request: MergeRequest, model: Any) -> tuple[list[Tensor], str]:
-    """Return token ids to compare on, and what they are."""
+def _tokenizer(base: str) -> Any | None:
+    """Return the tokenizer beside the model, or ``None``."""
     transformers = require("transformers", VERB)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(request.base)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
+        return transformers.AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError, ImportError):  # ImportError: one that needs a library, or in 4.x none at all
+        return None
+
+
+def _samples(request: MergeRequest, model: Any, tokenizer: Any | None) -> tuple[list[Tensor], str]:
+    """Return token ids to compare on, and what they are."""
+    size = getattr(model.config, "vocab_size", None)
+    if not size or "input_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigurationError(
+            f"--base {request.base!r} ({type(model).__name__}) reads no token ids, on which the merged model is "
+            f"compared with the unmerged one. {_IN_PYTHON}"
+        )
     if tokenizer is not None:
         texts = request.prompts or _PROMPTS
         ids = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
         return [row for row in ids if row.numel()], f"{len(texts)} prompts"
-    size = getattr(model.config, "vocab_size", None)
-    if request.prompts or not size:
+    if request.prompts:
         raise ConfigurationError(
-            f"{VERB}: {request.base!r} has no tokenizer, so there is no text to compare on. Leave --prompt out for "
-            "random tokens; merge a model that reads no tokens in Python (lightning_memsave.transforms.merging)."
+            f"no tokenizer of {request.base!r} can be loaded, so there is no text to compare on. Leave --prompt out "
+            "for random tokens."
         )
     generator = torch.Generator().manual_seed(0)
     length = min(32, getattr(model.config, "max_position_embeddings", 32))
-    return [torch.randint(0, size, (4, length), generator=generator)], f"4 x {length} random tokens"
+    return [torch.randint(0, size, (4, length), generator=generator)], f"4 x {length} random tokens (no tokenizer)"
 
 
 @torch.no_grad()
@@ -294,24 +312,25 @@ def _logits(model: Any, samples: list[Tensor]) -> Tensor:
     """Return all logits (or last hidden states) in one row."""
     rows = []
     for ids in samples:
-        output = model(input_ids=ids)
+        decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        output = model(input_ids=ids, **decoded)
         rows.append((output.logits if hasattr(output, "logits") else output[0]).float().flatten())
     return torch.cat(rows)
 
 
-def _save(model: Any, request: MergeRequest, report: MergeReport) -> None:
+def _save(model: Any, tokenizer: Any | None, output: Path, report: MergeReport) -> None:
     """Write everything beside the output, then rename: an interrupted run leaves no half folder of that name."""
     transformers = require("transformers", VERB)
     if report.untied:
         model.config.tie_word_embeddings = False
-    partial = request.output.with_name(f"{request.output.name}.partial")
+    partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with _quiet(transformers):
             model.save_pretrained(partial)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                transformers.AutoTokenizer.from_pretrained(request.base).save_pretrained(partial)
-        partial.rename(request.output)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

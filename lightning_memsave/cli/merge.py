@@ -19,6 +19,9 @@ The merged model is compared with the model as it was trained, adapters unmerged
 "dequantized" (the default then) merges into what training saw; "original" merges into the weights of the base, which
 training never saw, so that the difference is larger by the rounding.
 
+The base is a folder or hub name as for transformers' from_pretrained; other modules are merged in Python
+(lightning_memsave.merge_adapters).
+
 Exit code: 0 if the model was written, 1 if the difference is larger than --max-difference, 2 for bad input.
 """
 

@@ -61,8 +61,7 @@ def merge_adapters(module: nn.Module, *, dtype: torch.dtype | None = None) -> Me
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from lightning_memsave import LoRA, apply
-        >>> from lightning_memsave.transforms.merging import merge_adapters
+        >>> from lightning_memsave import LoRA, apply, merge_adapters
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         >>> _ = apply(model, [LoRA(rank=2, modules="Linear")])
         >>> merge_adapters(model)

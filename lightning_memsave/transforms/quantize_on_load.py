@@ -19,8 +19,9 @@ def quantization_config(settings: Quantization) -> Any:
     """Return the ``BitsAndBytesConfig`` that makes ``from_pretrained`` quantize each weight as it is read.
 
     Peak host memory is the quantized model plus two copies of its largest weight (as it is read, and in the dtype it is
-    quantized from), instead of the whole model in its stored dtype. Blocks below 32 MiB go back to glibc's heap, which
-    may keep them: half of a small model was seen to stay. ``MALLOC_MMAP_THRESHOLD_`` or another allocator avoids it.
+    quantized from; transformers 4 holds two more), instead of the whole model in its stored dtype. Blocks below 32 MiB
+    go back to glibc's heap, which may keep them: half of a small model was seen to stay. ``MALLOC_MMAP_THRESHOLD_`` or
+    another allocator avoids it.
 
     Heads are named, since transformers finds only the vocabulary's: it would quantize the classifier of an encoder.
 

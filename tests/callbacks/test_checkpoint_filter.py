@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import LitLM, make_loader, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from packaging.version import Version
 from torch import nn
 
 from lightning_memsave import AdapterCheckpoint, CheckpointMismatchError, IncompatibleMethodsError
@@ -338,6 +340,7 @@ def test_nothing_frozen_is_refused() -> None:
         trainer.fit(LitLM(), make_loader())
 
 
+@pytest.mark.skipif(Version(pl.__version__) < Version("2.6"), reason="Lightning has WeightAveraging from 2.6 on")
 def test_weight_averaging_is_refused() -> None:
     from lightning.pytorch.callbacks import WeightAveraging
 

@@ -84,7 +84,7 @@ def test_a_lora_run_merges_into_the_base(
     result = merge_json(capsys, "--base", base, "--adapter", adapter, "--output", "merged")
     assert (result["base_weights"], result["trained_on"], result["num_layers"]) == ("original", None, 14)
     assert result["max_logit_difference"] < TOLERANCE < result["max_logit"]
-    assert result["samples"] == "4 x 32 random tokens"
+    assert result["samples"] == "4 x 32 random tokens (no tokenizer)"
     merged = pretrained(Path("merged"))
     torch.testing.assert_close(merged(IDS).logits, trained.model(IDS).logits, rtol=0, atol=TOLERANCE)
     assert (merged(IDS).logits - pretrained(base)(IDS).logits).abs().max() > 1000 * TOLERANCE
@@ -179,13 +179,53 @@ def test_bad_input_ends_with_2_and_says_what_is_wrong(trained: Path, capsys: pyt
     assert "cannot be loaded as a Hugging Face model" in said("--base", "./none", "--adapter", "c/c.ckpt")
     assert "'c' is no PEFT folder" in said("--base", trained, "--adapter", "c")
     assert "the adapters were trained on floating weights" in said(*good, "--base-weights", "dequantized")
-    assert "has no tokenizer" in said(*good, "--prompt", "Hello")
+    assert "so there is no text to compare on. Leave --prompt out" in said(*good, "--prompt", "Hello")
     Path("text.ckpt").write_text("not a checkpoint")
     assert "cannot be read as tensors and plain data" in said("--base", trained, "--adapter", "text.ckpt")
     torch.save({"state_dict": {}}, "plain.ckpt")
     assert "holds no adapters written by LoRA or QLoRA" in said("--base", trained, "--adapter", "plain.ckpt")
     torch.save({"weights": 1}, "other.ckpt")
     assert "is no Lightning checkpoint" in said("--base", trained, "--adapter", "other.ckpt")
+
+
+def test_a_base_that_is_no_hugging_face_model_of_tokens_is_refused_with_the_way_out(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    def said(base: str) -> str:
+        capsys.readouterr()
+        assert merge("--base", base, "--adapter", "c/c.ckpt", "--output", "merged") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("memsave merge: --base ")
+        assert "Other modules are merged in Python: lightning_memsave.merge_adapters(module)." in error
+        return error
+
+    assert "'c/c.ckpt' is a file. Give the folder or the hub name of a Hugging Face model" in said("c/c.ckpt")
+    Path("timm").mkdir()
+    Path("timm/config.json").write_text('{"architecture": "resnet18"}')
+    assert "Unrecognized model in timm" in said("timm")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained("vit")
+    assert "'vit' (ViTModel) reads no token ids" in said("vit")
+
+
+def test_an_encoder_decoder_is_merged(capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).save_pretrained("t5")
+    model = T5ForConditionalGeneration.from_pretrained("t5")
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False))
+    adapted.save_pretrained("adapters")
+    result = merge_json(capsys, "--base", "t5", "--adapter", "adapters", "--output", "merged")
+    assert result["num_layers"] == 6
+    assert result["max_logit_difference"] < TOLERANCE
+    merged = T5ForConditionalGeneration.from_pretrained("merged").eval()
+    outputs = [net.eval()(input_ids=IDS, decoder_input_ids=IDS).logits for net in (merged, adapted)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=TOLERANCE)
 
 
 def test_quantized_as_is_refused_where_the_checkpoint_knows(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

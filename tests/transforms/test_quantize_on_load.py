@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_memsave import LoRA, QLoRA, WeightQuantization, apply
@@ -46,7 +47,7 @@ def test_a_model_quantized_while_loading_is_the_one_quantized_afterwards(kind: s
     from transformers import LlamaForCausalLM
 
     saver = QLoRA(kind=kind)
-    module = LlamaForCausalLM.from_pretrained(folder, quantization_config=saver.loading_config())
+    module = LlamaForCausalLM.from_pretrained(folder, quantization_config=saver.loading_config(), dtype="auto")
     assert not module.model.layers[0].mlp.up_proj.weight.is_floating_point()
     assert type(module.lm_head) is nn.Linear
     entries = list(apply(module, [saver]))
@@ -82,7 +83,7 @@ def test_a_classifier_is_not_quantized_and_trains(head: str, tmp_path: Path) -> 
     cls(config).save_pretrained(tmp_path / "model")
     saver = QLoRA(rank=4, train=f"net.{head}")
     module = nn.Module()
-    module.net = cls.from_pretrained(tmp_path / "model", quantization_config=saver.loading_config())
+    module.net = cls.from_pretrained(tmp_path / "model", quantization_config=saver.loading_config(), dtype="auto")
     assert type(module.net.get_submodule(head)) is nn.Linear
     apply(module, [saver])
     module.net(IDS).logits.sum().backward()
@@ -95,7 +96,7 @@ def test_skip_and_train_reach_the_loader(folder: Path) -> None:
     from transformers import LlamaForCausalLM
 
     saver = WeightQuantization(skip=["net.model.layers.0", "*.down_proj"])
-    module = LlamaForCausalLM.from_pretrained(folder, quantization_config=saver.loading_config())
+    module = LlamaForCausalLM.from_pretrained(folder, quantization_config=saver.loading_config(), dtype="auto")
     packed = {n for n, p in module.named_parameters() if not p.is_floating_point()}
     assert packed == {
         f"model.layers.1.{n}.weight"
@@ -138,6 +139,7 @@ print(json.dumps({"peak": peak[0] - start, "held": held}))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which this system does not have")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_host_memory_never_holds_the_full_model(kind: str, folder: Path, tmp_path: Path) -> None:
+    import transformers
     from transformers import LlamaForCausalLM
 
     big = LlamaForCausalLM(llama(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4))
@@ -150,6 +152,7 @@ def test_host_memory_never_holds_the_full_model(kind: str, folder: Path, tmp_pat
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # worst seen: 20 MiB above what is held (nf4), of 200 MiB in full and 11 MiB in the largest weight
-    assert found["peak"] <= found["held"] + 2.5 * largest
+    # of 200 MiB in full and 11 MiB in the largest weight; worst seen above what is held: 20 MiB, 41 by transformers 4
+    copies = 2.5 if Version(transformers.__version__) >= Version("5") else 4.5
+    assert found["peak"] <= found["held"] + copies * largest
     assert found["peak"] < 0.4 * full
