@@ -91,7 +91,7 @@ def _weighted_sum(weight: Tensor, offset: int) -> int:
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     odd = torch.arange(min(_CHUNK, flat.numel()), dtype=torch.int64, device=flat.device).mul_(2).add_(1)
     for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].to(torch.int64)
+        chunk = flat[start : start + _CHUNK].to(torch.int64, copy=True)  # changed in place below
         plain = chunk.sum()
         total += chunk.mul_(odd[: chunk.numel()]).sum() + plain * (2 * (start + offset))
     return int(total)

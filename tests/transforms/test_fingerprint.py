@@ -83,3 +83,14 @@ def test_quantized_weights_keep_their_logical_shape_and_say_how_they_are_stored(
     assert compare(saved, weight) == "equal"
     assert compare(saved, torch.randn(64, 128)) == "kind"
     assert compare({**saved, "device": "cuda", "content": "0" * 16}, weight) == "kind"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.complex128]
+)
+def test_reading_a_weight_changes_no_value(dtype):
+    weight = torch.randn(40).to(dtype)
+    before = weight.clone()
+    first = content_hash(weight), sample_hash(weight)
+    assert torch.equal(weight, before)
+    assert first == (content_hash(weight), sample_hash(weight))
