@@ -15,14 +15,18 @@ from torch.optim import Optimizer
 
 from lightning_memsave._imports import require
 from lightning_memsave.errors import CheckpointMismatchError
+from lightning_memsave.optim._shard_blocks import BlockState
+from lightning_memsave.optim._shard_checkpoint import local_state
+from lightning_memsave.optim.local_shards import whole
 
-__all__ = ["BLOCK_SIZE", "MIN_8BIT_ELEMENTS", "MIN_PAGED_ELEMENTS", "block_state_bytes", "finish"]
+__all__ = ["BLOCKS", "BLOCK_SIZE", "MIN_8BIT_ELEMENTS", "MIN_PAGED_ELEMENTS", "block_state_bytes", "finish"]
 
 BLOCK_SIZE = 256  # values that share one fp32 scale
 MIN_8BIT_ELEMENTS = 4096  # smaller tensors keep 32-bit state
 MIN_PAGED_ELEMENTS = 100_000  # smaller tensors are never paged
 _SLICE = 2**20  # values of one update on the CPU; a multiple of BLOCK_SIZE
 _MOMENTS = ("state1", "state2")
+BLOCKS = tuple(BlockState(codes=f"state{i}", scales=f"absmax{i}", table=f"qmap{i}", size=BLOCK_SIZE) for i in (1, 2))
 
 
 def block_state_bytes(num_elements: int, num_moments: int) -> int:
@@ -46,6 +50,7 @@ def finish(optimizer: Any, *, keep_32bit: Collection[int], num_moments: int) -> 
 
     """
     _override_width(optimizer, keep_32bit)
+    optimizer.get_config = types.MethodType(_get_config, optimizer)
     if all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"]):
         optimizer.is_paged = False  # there is no unified memory to page to
     optimizer.load_state_dict = types.MethodType(_loader(num_moments), optimizer)
@@ -55,19 +60,30 @@ def finish(optimizer: Any, *, keep_32bit: Collection[int], num_moments: int) -> 
 
 
 def _override_width(optimizer: Any, keep_32bit: Collection[int]) -> None:
+    """Keep the overrides by parameter: a step may see one parameter, or the shards of this rank, at other positions."""
     shared, kept = optimizer.mng, {"optim_bits": 32}
-    positions = {
-        (i, j): kept
+    positioned = {
+        id(p): shared.index2config[i, j]
         for i, group in enumerate(optimizer.param_groups)
         for j, p in enumerate(group["params"])
-        if id(p) in keep_32bit
+        if (i, j) in shared.index2config
     }
     mine: Any = object.__new__(type(shared))  # a singleton whose __init__ refuses
     mine.__dict__.update(shared.__dict__)
     # the user's own overrides stay in force, and win
-    mine.pid2config = {**dict.fromkeys(keep_32bit, kept), **shared.pid2config}
-    mine.index2config = {**positions, **shared.index2config}
+    mine.pid2config = {**dict.fromkeys(keep_32bit, kept), **positioned, **shared.pid2config}
+    mine.index2config = {}
     optimizer.mng = mine
+
+
+def _get_config(optimizer: Any, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = type(optimizer).get_config(optimizer, gindex, pindex, group)
+    p = optimizer.param_groups[gindex]["params"][pindex]
+    if whole(p) is not p:  # a shard: every rank, and any number of ranks, decides as for the whole tensor
+        config.update(optimizer.mng.pid2config.get(id(whole(p)), {}))
+        config["optim_bits"] = config["optim_bits"] if whole(p).numel() >= config["min_8bit_size"] else 32
+        config["min_8bit_size"] = 0
+    return config
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -88,6 +104,7 @@ def _loader(num_moments: int) -> Callable[..., None]:
     expected = set(_MOMENTS[:num_moments])
 
     def load_state_dict(optimizer: Any, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        state_dict = local_state(optimizer, state_dict, BLOCKS)  # of a run on sharded parameters, perhaps
         _check_moments(optimizer, state_dict, expected)
         # Moments that will be paged must not pass through the device: there may be no room for them there.
         type(optimizer).load_state_dict(optimizer, state_dict, move_to_device=False)
@@ -149,6 +166,9 @@ def _update_step(optimizer: Any, group: dict[str, Any], p: Tensor, gindex: int, 
     """
     update = type(optimizer).update_step
     state = optimizer.state[p]
+    if p.numel() == 0:  # this rank holds nothing of the tensor; a CUDA kernel cannot be launched for nothing
+        state["step"] += 1
+        return
     moments = [state[name] for name in _MOMENTS if name in state]
     sliceable = p.device.type == "cpu" and p.numel() > _SLICE and "unorm_vec" not in state
     if not sliceable or p.grad is None or not all(t.is_contiguous() for t in (p, p.grad, *moments)):

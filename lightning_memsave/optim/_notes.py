@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memsave.optim._bitsandbytes import MIN_PAGED_ELEMENTS
+from lightning_memsave.optim.local_shards import shard_of
 from lightning_memsave.optim.registry import OptimizerRow, family_of
 from lightning_memsave.optim.state_bytes import trainable_parameters
 
@@ -17,10 +19,10 @@ __all__ = ["rule_notes", "size_notes", "swapped_state_bytes"]
 def swapped_state_bytes(
     optimizer: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
 ) -> int:
-    """Return the state bytes of the new optimizer once every trainable parameter has stepped."""
+    """Return the bytes of state on this rank once every trainable parameter has stepped."""
     parameters = trainable_parameters(optimizer)
     tables = row.shared_bytes if any(row.has_narrow_state(p, id(p) in keep_32bit, options) for p in parameters) else 0
-    return tables + sum(row.state_bytes(p, id(p) in keep_32bit, options) for p in parameters)
+    return tables + sum(row.state_bytes(shard_of(p), id(p) in keep_32bit, options) for p in parameters)
 
 
 def rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
@@ -55,11 +57,13 @@ def size_notes(new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], ke
         else:
             notes.append(f"{row.bits}-bit state for {narrow} of {len(parameters)} trainable tensors")
     if row.paged:
-        large = sum(p.numel() >= MIN_PAGED_ELEMENTS for p in parameters)
+        large = sum(shard_of(p).numel() >= MIN_PAGED_ELEMENTS for p in parameters)
         if all(p.device.type == "cpu" for p in parameters):
             notes.append("paging has no effect on the CPU")
         else:
             notes.append(
                 f"{large} of {len(parameters)} trainable tensors are large enough to be paged (>= 1e5 elements)"
             )
+    if any(isinstance(p, DTensor) for p in parameters):
+        notes.append("steps on this rank's shards")
     return notes

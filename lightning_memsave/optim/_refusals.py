@@ -32,10 +32,10 @@ def refusals(old: Optimizer, row: OptimizerRow) -> list[str]:
     for index, group in enumerate(old.param_groups):
         problems += _group_problems(index, group, row)
     parameters: list[Tensor] = [p for group in old.param_groups for p in group["params"]]
-    if any(isinstance(p, DTensor) for p in parameters):
+    if any(isinstance(p, DTensor) for p in parameters) and not row.local_shards:
         problems.append(
-            f"{row.name} cannot step on sharded (DTensor) parameters. Keep {type(old).__name__}, whose state is split "
-            'over the ranks as the parameters are, or use strategy="ddp".'
+            f"{row.name} steps on whole tensors, and the parameters are sharded (DTensor): a rank has a part of each. "
+            "Use one that steps on shards, e.g. LowMemoryOptimizer('adamw_8bit'), or torch.optim.AdamW."
         )
     wrong = sorted({str(p.dtype) for p in parameters if p.requires_grad and p.dtype not in _FLOATS})
     if wrong and row.library == "bitsandbytes":

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memsave.optim._bitsandbytes import MIN_8BIT_ELEMENTS
+from lightning_memsave.optim.local_shards import BlockState, whole
 
 __all__ = ["Family", "Group", "OptimizerRow", "with_tuples"]
 
@@ -46,6 +47,7 @@ class OptimizerRow:
         matrices_only: The rule is made for hidden matrices, so that heads are treated as embeddings are.
         group_state: It keeps state of a whole group, so it cannot step one parameter at a time.
         local_shards: Stepping on some rows of a tensor is the same as stepping on the whole tensor.
+        blocks: The moments that are codes with one scale a block, for checkpoints of sharded parameters.
 
     """
 
@@ -71,11 +73,12 @@ class OptimizerRow:
     matrices_only: bool = False
     group_state: bool = False
     local_shards: bool = False
+    blocks: tuple[BlockState, ...] = ()
 
     def has_narrow_state(self, p: Tensor, keeps_32bit: bool, options: Mapping[str, Any]) -> bool:
         """Return whether the state of ``p`` will be narrower than 32 bits."""
         minimum = options.get("min_8bit_size", MIN_8BIT_ELEMENTS)
-        return self.bits < 32 and not keeps_32bit and p.numel() >= minimum
+        return self.bits < 32 and not keeps_32bit and whole(p).numel() >= minimum
 
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:

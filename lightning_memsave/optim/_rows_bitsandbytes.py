@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memsave._imports import require
-from lightning_memsave.optim._bitsandbytes import block_state_bytes, finish
+from lightning_memsave.optim._bitsandbytes import BLOCKS, block_state_bytes, finish
 from lightning_memsave.optim._row import Family, Group, OptimizerRow, with_tuples
 
 __all__ = ["ROWS"]
@@ -51,6 +51,7 @@ def _row(name: str, title: str, family: Family, num_moments: int, bits: int, pag
         paged=paged,
         rule_note=_LION_RATE if family == "lion" else "",
         local_shards=True,
+        blocks=BLOCKS[:num_moments] if bits == 8 else (),
     )
     return row
 

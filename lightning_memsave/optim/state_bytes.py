@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from lightning_memsave.optim._shard_checkpoint import local_part
 
 __all__ = ["held_state_bytes", "predicted_state_bytes", "trainable_parameters"]
 
@@ -26,7 +27,7 @@ def held_state_bytes(optimizer: Optimizer) -> int:
 
 def _storages(value: Any) -> Iterable[torch.UntypedStorage]:
     if isinstance(value, Tensor):
-        yield (value.to_local() if isinstance(value, DTensor) else value).untyped_storage()
+        yield local_part(value).untyped_storage()
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _storages(item)
@@ -81,7 +82,7 @@ _FORMULAS: dict[type[Optimizer], Callable[[Tensor, Mapping[str, Any]], int]] = {
 
 
 def predicted_state_bytes(optimizer: Optimizer) -> int | None:
-    """Return the state bytes of one of torch's optimizers after every trainable parameter has stepped.
+    """Return the bytes of state of one of torch's optimizers on this rank, after every trainable parameter has stepped.
 
     Returns:
         ``None`` for a class whose state is not known here.
@@ -93,5 +94,8 @@ def predicted_state_bytes(optimizer: Optimizer) -> int | None:
     # Adagrad makes its state in the constructor, for frozen parameters too
     everything = isinstance(optimizer, torch.optim.Adagrad)
     return sum(
-        formula(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad or everything
+        formula(local_part(p), group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad or everything
     )

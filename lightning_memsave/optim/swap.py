@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memsave._match import Patterns, as_patterns, match_modules
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError, raise_problems
 from lightning_memsave.optim._notes import rule_notes, size_notes, swapped_state_bytes
 from lightning_memsave.optim._refusals import refusals, sparse_problems
+from lightning_memsave.optim.local_shards import step_on_local_shards
 from lightning_memsave.optim.registry import OptimizerRow, family_of, group_options
 from lightning_memsave.optim.state_bytes import predicted_state_bytes
 
@@ -172,7 +174,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 def swap_one(old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]) -> Swapped:
     """Build the new optimizer with the groups of the old one."""
-    if type(old).__name__ == row.title:
+    sharded = any(isinstance(p, DTensor) for group in old.param_groups for p in group["params"])
+    if type(old).__name__ == row.title and sharded and row.local_shards:
+        raise ConfigurationError(
+            f"{SUBJECT}: configure_optimizers made {row.title} of sharded (DTensor) parameters, on which it cannot "
+            "step by itself. Return torch.optim.AdamW(...) there and leave the replacement to LowMemoryOptimizer."
+        )
+    if type(old).__name__ == row.title and not sharded:
         return Swapped(
             old=old,
             new=old,
@@ -184,6 +192,8 @@ def swap_one(old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep
     same_rule = family_of(old) == row.family
     groups = [_group(group, old, row, options, same_rule) for group in old.param_groups]
     new = row.build(groups, options, keep_32bit)
+    if sharded:
+        step_on_local_shards(new, row.blocks)
     _move_hooks(old, new)
     return Swapped(
         old=old,
@@ -226,7 +236,7 @@ def _move_hooks(old: Optimizer, new: Optimizer) -> None:
 
 def _mark_step(optimizer: Optimizer) -> None:
     """Do what a scheduler's constructor does to an optimizer: without it the first scheduler step warns."""
-    function = type(optimizer).step
+    function = optimizer.step.__func__  # type: ignore[attr-defined]
 
     @functools.wraps(function)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:

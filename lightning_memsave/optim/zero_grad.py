@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_memsave.optim._shard_checkpoint import local_part
+
 __all__ = ["StepWatch", "drop_gradients", "gradient_bytes"]
 
 
@@ -21,7 +23,7 @@ def drop_gradients(optimizers: Iterable[Optimizer]) -> None:
 
 
 def gradient_bytes(optimizers: Iterable[Optimizer], *, expected: bool = False) -> int:
-    """Return the bytes of the gradients that are held, or (``expected``) that a whole backward will hold.
+    """Return the bytes of the gradients that this rank holds, or (``expected``) that a whole backward will hold.
 
     Args:
         optimizers: Their parameters are counted, each once.
@@ -30,8 +32,8 @@ def gradient_bytes(optimizers: Iterable[Optimizer], *, expected: bool = False) -
     """
     parameters = {id(p): p for p in _parameters(optimizers)}.values()
     if expected:
-        return sum(p.nbytes for p in parameters if p.requires_grad)
-    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        return sum(local_part(p).nbytes for p in parameters if p.requires_grad)
+    return sum(local_part(p.grad).nbytes for p in parameters if p.grad is not None)
 
 
 class StepWatch:
