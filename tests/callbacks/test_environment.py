@@ -8,7 +8,6 @@ import logging
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,15 +66,13 @@ def test_without_the_variable_nothing_is_attached() -> None:
 
 def test_without_the_variable_it_costs_no_import() -> None:
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys; before = set(sys.modules)\n"
         "from lightning_memsave.callbacks.environment import callbacks_from_environment\n"
         "assert callbacks_from_environment() == []\n"
-        "print(time.perf_counter() - start); assert not {'torch', 'yaml', 'lightning'} & set(sys.modules)"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
     )
-    start = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert time.perf_counter() - start < 5
-    assert float(out) < 0.1, "worst seen 0.02 s"
+    assert out.split() == ["lightning_memsave"]
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

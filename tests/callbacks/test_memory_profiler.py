@@ -483,24 +483,28 @@ def test_losses_are_bitwise_the_same():
 
 
 def test_an_idle_profiler_costs_less_than_one_percent_of_a_step():
-    """Time the hooks themselves: the difference of two fits is noise at this size."""
+    """Time the hooks themselves: the difference of two fits is noise at this size.
+
+    Thread time, best of 20: what other processes take from this one is no cost of the hooks.
+    """
     callback = MemoryProfiler(steps=(1,), formats=())
-    cost, steps = [0.0], [0]
+    costs = []
 
     class Timed(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             if trainer.current_epoch != 2:
                 return
             batch = next(iter(make_loader()))
-            started = time.perf_counter()
-            for _ in range(200):
-                callback.on_train_batch_start(trainer, pl_module, batch, 0)
-                callback.on_before_optimizer_step(trainer, pl_module, None)
-                callback.on_train_batch_end(trainer, pl_module, None, batch, 0)
-            cost[0], steps[0] = (time.perf_counter() - started) / 200, 200
+            for _ in range(20):
+                started = time.thread_time()
+                for _ in range(50):
+                    callback.on_train_batch_start(trainer, pl_module, batch, 0)
+                    callback.on_before_optimizer_step(trainer, pl_module, None)
+                    callback.on_train_batch_end(trainer, pl_module, None, batch, 0)
+                costs.append((time.thread_time() - started) / 50)
 
     trainer = make_trainer(callbacks=[callback, Timed()], max_epochs=5)
     trainer.fit(LitLM(), make_loader())
-    assert steps[0] == 200
-    assert cost[0] < 0.01 * last_report().step_seconds
-    assert cost[0] < 50e-6  # seconds; 5e-6 seen
+    assert len(costs) == 20
+    assert min(costs) < 0.01 * last_report().step_seconds
+    assert min(costs) < 50e-6  # seconds; 5e-6 seen
