@@ -23,11 +23,14 @@ def is_low_rank(p: Tensor, rank: int, by_adamw: bool) -> bool:
     return not by_adamw and p.ndim >= 2 and min(matrix_shape(p)) > rank
 
 
-def low_rank_state_bytes(p: Tensor, rank: int, by_adamw: bool, stores_projection: bool) -> int:
-    """Return ``8 * rank * longer (+ 4 * rank * shorter)``, or ``8 * numel`` for what AdamW steps."""
+def low_rank_state_bytes(p: Tensor, rank: int, by_adamw: bool, *, stores_projection: bool) -> int:
+    """Return ``8 * rank * longer`` and for a projection ``4 * rank * shorter``; ``8 * numel`` for what AdamW steps.
+
+    Without a stored projection there is one more value a matrix: the norm of its last step.
+    """
     if not is_low_rank(p, rank, by_adamw):
         return adamw_state_bytes(p)
-    values = 2 * rank * max(matrix_shape(p)) + (rank * min(matrix_shape(p)) if stores_projection else 0)
+    values = 2 * rank * max(matrix_shape(p)) + (rank * min(matrix_shape(p)) if stores_projection else 1)
     return values * compute_dtype(p).itemsize
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,13 +17,21 @@ from lightning_memsave.optim.state_bytes import trainable_parameters
 __all__ = ["rule_notes", "size_notes", "swapped_state_bytes"]
 
 
+_DECOUPLED = re.compile("AdamW|Adam_?[mM]ini")
+
+
 def swapped_state_bytes(
     optimizer: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]
 ) -> int:
     """Return the bytes of state on this rank once every trainable parameter has stepped."""
     parameters = trainable_parameters(optimizer)
     tables = row.shared_bytes if any(row.has_narrow_state(p, id(p) in keep_32bit, options) for p in parameters) else 0
-    return tables + sum(row.state_bytes(shard_of(p), id(p) in keep_32bit, options) for p in parameters)
+    total = tables
+    for group in optimizer.param_groups:
+        own = {**options, **{key: group[key] for key in row.options if key in group}}
+        trained = [p for p in group["params"] if p.requires_grad]
+        total += sum(row.state_bytes(shard_of(p), id(p) in keep_32bit, own) for p in trained)
+    return total
 
 
 def rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
@@ -32,10 +41,12 @@ def rule_notes(old: Optimizer, row: OptimizerRow, same_rule: bool) -> list[str]:
         notes.append(f"another update rule than {type(old).__name__}")
         notes += [row.rule_note] if row.rule_note else []
     cycles = any("max_momentum" in group for group in old.param_groups)  # written by OneCycleLR and CyclicLR
-    if cycles and (row.family == "adafactor" or "betas" not in old.defaults):
+    if cycles and ("betas" if "betas" in old.defaults else "momentum") not in row.options:
         notes.append("the momentum that the scheduler cycles has no effect; the learning rate's cycle has")
     decays = any(group.get("weight_decay") for group in old.param_groups)
-    coupled = type(old).__name__ != "AdamW" and not any(g.get("decoupled_weight_decay") for g in old.param_groups)
+    coupled = not _DECOUPLED.search(type(old).__name__) and not any(
+        g.get("decoupled_weight_decay") for g in old.param_groups
+    )
     if decays and coupled and family_of(old) in ("adam", "other"):
         notes.append(
             f"weight_decay shrinks the weights directly now, no longer through the gradient as in {type(old).__name__}"
@@ -56,6 +67,10 @@ def size_notes(new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], ke
             )
         else:
             notes.append(f"{row.bits}-bit state for {narrow} of {len(parameters)} trainable tensors")
+    elif row.reaches is not None:
+        own = sum(row.reaches(p, id(p) in keep_32bit, options) for p in parameters)
+        effect = "" if own else "no effect: "
+        notes.append(f"{effect}{row.title} steps {own} of {len(parameters)} trainable tensors, AdamW the others")
     if row.paged:
         large = sum(shard_of(p).numel() >= MIN_PAGED_ELEMENTS for p in parameters)
         if all(p.device.type == "cpu" for p in parameters):

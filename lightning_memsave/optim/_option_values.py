@@ -16,27 +16,47 @@ def _is_number(value: object, low: float, high: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
 
 
-def _is_pair(value: object, high: float) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v, 0.0, high) for v in value)
+def _is_count(value: object, low: int) -> bool:
+    return _is_number(value, low) and isinstance(value, int)
 
 
-def _is_adafactor_eps(value: object) -> bool:
-    if isinstance(value, (list, tuple)) and value and value[0] is None:
-        return _is_pair([0.0, *value[1:]], math.inf)
-    return _is_pair(value, math.inf)
+def _are_numbers(value: object, count: int, high: float = math.inf) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count and all(_is_number(v, 0.0, high) for v in value)
 
+
+Rule = tuple[Callable[[Any], bool], str]
+_SWITCH: Rule = (lambda v: isinstance(v, bool), "true or false")
+_TWO_EPS: Rule = (lambda v: _are_numbers(v, 2), "two numbers from 0, e.g. (1e-30, 1e-3)")
 
 # option -> what a value must be, and how to say it
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "beta2_decay": (lambda v: _is_number(v, -math.inf, 1e-12), "a number up to 0, e.g. -0.8"),
-    "betas": (lambda v: _is_pair(v, 1.0), "two numbers from 0 to below 1, e.g. (0.9, 0.95)"),
-    "d": (lambda v: _is_number(v, 1.0), "a number from 1"),
+_VALUES: dict[str, Rule] = {
+    "adjust_lr_fn": (lambda v: v in ("match_rms_adamw", "original"), "'match_rms_adamw' or 'original'"),
+    "beta1": (lambda v: v is None or _is_number(v, 0.0, 1.0), "a number from 0 to below 1, or null for none"),
+    "betas": (lambda v: _are_numbers(v, 2, 1.0), "two numbers from 0 to below 1, e.g. (0.9, 0.95)"),
+    "clip_threshold": (lambda v: _is_number(v, 1e-12), "a number above 0, e.g. 1.0"),
+    "decay_rate": (lambda v: _is_number(v, -math.inf, 1e-12), "a number up to 0, e.g. -0.8"),
     "eps": (lambda v: _is_number(v, 0.0), "a number from 0, e.g. 1e-8"),
-    "foreach": (lambda v: v is None or isinstance(v, bool), "true, false or null"),
-    "min_8bit_size": (lambda v: _is_number(v, 0) and isinstance(v, int), "a number of elements, e.g. 4096"),
+    "min_8bit_size": (lambda v: _is_count(v, 0), "a number of elements, e.g. 4096"),
+    "momentum": (lambda v: _is_number(v, 0.0, 1.0), "a number from 0 to below 1, e.g. 0.95"),
+    "nesterov": _SWITCH,
+    "ns_steps": (lambda v: _is_count(v, 1), "a number of iterations, e.g. 5"),
+    "per_channel": _SWITCH,
+    "rank": (lambda v: _is_count(v, 1), "a number from 1, e.g. 128"),
+    "scale": (lambda v: _is_number(v, 1e-12), "a number above 0, e.g. 0.25"),
+    "scale_parameter": _SWITCH,
+    "seed": (lambda v: _is_count(v, 0), "a number from 0"),
+    "update_proj_gap": (lambda v: _is_count(v, 1), "a number of steps, e.g. 200"),
     "weight_decay": (lambda v: _is_number(v, 0.0), "a number from 0"),
 }
-_ADAFACTOR_EPS = (_is_adafactor_eps, "two numbers from 0, the first may be null, e.g. (null, 1e-3)")
+# (family, option) -> the same, where it differs
+_OWN_VALUES: dict[tuple[str, str], Rule] = {
+    ("adafactor", "eps"): _TWO_EPS,
+    ("came", "eps"): _TWO_EPS,
+    ("came", "betas"): (
+        lambda v: _are_numbers(v, 3, 1.0),
+        "three numbers from 0 to below 1, e.g. (0.9, 0.999, 0.9999)",
+    ),
+}
 
 
 def option_problems(row: OptimizerRow, options: Mapping[str, Any]) -> list[str]:
@@ -53,7 +73,7 @@ def option_problems(row: OptimizerRow, options: Mapping[str, Any]) -> list[str]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             problems.append(f"options={{{key!r}: ...}}: {row.name} takes {', '.join(sorted(row.options))}.{hint}")
         else:
-            accepts, text = _ADAFACTOR_EPS if (row.family, key) == ("adafactor", "eps") else _VALUES[key]
+            accepts, text = _OWN_VALUES.get((row.family, key)) or _VALUES[key]
             if not accepts(value):
                 problems.append(f"options={{{key!r}: {value!r}}}: {row.name} takes {text}.")
     return problems

@@ -31,14 +31,20 @@ def refusals(old: Optimizer, row: OptimizerRow) -> list[str]:
     problems = _class_problems(old)
     for index, group in enumerate(old.param_groups):
         problems += _group_problems(index, group, row)
+        problems += [
+            f"param group {index} has a key {key!r} of its own, which {row.name} would read as its option. "
+            f"Rename it, or remove it and write options={{{key!r}: ...}}."
+            for key in sorted(set(row.options) & set(group) - set(old.defaults) - {"weight_decay"})
+        ]
     parameters: list[Tensor] = [p for group in old.param_groups for p in group["params"]]
     if any(isinstance(p, DTensor) for p in parameters) and not row.local_shards:
         problems.append(
             f"{row.name} steps on whole tensors, and the parameters are sharded (DTensor): a rank has a part of each. "
             "Use one that steps on shards, e.g. LowMemoryOptimizer('adamw_8bit'), or torch.optim.AdamW."
         )
-    wrong = sorted({str(p.dtype) for p in parameters if p.requires_grad and p.dtype not in _FLOATS})
-    if wrong and row.library == "bitsandbytes":
+    taken = _FLOATS if row.library == "bitsandbytes" else (*_FLOATS, torch.float64)
+    wrong = sorted({str(p.dtype) for p in parameters if p.requires_grad and p.dtype not in taken})
+    if wrong:
         problems.append(
             f"{row.name} updates float32, bfloat16 and float16 parameters; found {', '.join(wrong)}. "
             "Train in one of those, or keep your optimizer."

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_memsave.optim._bitsandbytes import MIN_8BIT_ELEMENTS
 from lightning_memsave.optim.local_shards import BlockState, whole
 
-__all__ = ["Family", "Group", "OptimizerRow", "with_tuples"]
+__all__ = ["Family", "Group", "OptimizerRow", "family_of", "with_tuples"]
 
 Family = Literal["adam", "lion", "adafactor", "came", "muon", "other"]
 Group = dict[str, Any]
@@ -34,8 +34,10 @@ class OptimizerRow:
         state: The formula of ``state_bytes`` in words, for the docs: bytes a value.
         numerics: How its steps differ from AdamW's, for the docs.
         source: The paper.
-        carry: ``(old optimizer, one of its groups) -> keys of the new group``, for an old optimizer of the same family
-            that calls its hyper-parameters by other names.
+        carry: ``(old optimizer, one of its groups) -> keys of the new group``, for what ``shared`` cannot say: other
+            names, another family.
+        reaches: ``(parameter, keeps 32-bit state, options) -> whether it is stepped by the row's own rule``, where some
+            parameters are not: those have the state of AdamW.
         shared_bytes: State that exists once, where any tensor has narrow state (the quantization tables).
         master: Bytes a value that stand for fp32 weights beside 16-bit ones.
         bits: Width of a state value.
@@ -62,6 +64,7 @@ class OptimizerRow:
     numerics: str
     source: str
     carry: Callable[[Optimizer, Mapping[str, Any]], Group] | None = None
+    reaches: Callable[[Tensor, bool, Mapping[str, Any]], bool] | None = None
     shared_bytes: int = 0
     master: str = "0"
     bits: int = 32
@@ -77,6 +80,8 @@ class OptimizerRow:
 
     def has_narrow_state(self, p: Tensor, keeps_32bit: bool, options: Mapping[str, Any]) -> bool:
         """Return whether the state of ``p`` will be narrower than 32 bits."""
+        if self.bits < 32 and self.reaches is not None:
+            return self.reaches(p, keeps_32bit, options)
         minimum = options.get("min_8bit_size", MIN_8BIT_ELEMENTS)
         return self.bits < 32 and not keeps_32bit and whole(p).numel() >= minimum
 
@@ -84,3 +89,33 @@ class OptimizerRow:
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with tuples for lists: YAML has lists only."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+_RULES: dict[str, Family] = {
+    **dict.fromkeys(("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"), "adam"),
+    # these read betas and eps as Adam does
+    **dict.fromkeys(("GaLoreAdamW", "ApolloAdamW", "APOLLOAdamW", "AdamMini", "Adam_mini"), "adam"),
+    **dict.fromkeys(("Adafactor", "AdaLomo"), "adafactor"),
+    "CAME": "came",
+    "Lion": "lion",
+    "Muon": "muon",
+}
+_WIDTHS = ("4bit", "8bit", "32bit", "Fp8")
+
+
+def family_of(optimizer: Optimizer) -> Family:
+    """Return which update rule an optimizer follows, by the names of its classes.
+
+    Example:
+        >>> import torch
+        >>> family_of(torch.optim.NAdam([torch.zeros(1)]))
+        'other'
+
+    """
+    for cls in type(optimizer).__mro__:
+        name = cls.__name__.removeprefix("Paged")
+        for width in _WIDTHS:
+            name = name.removesuffix(width)
+        if name in _RULES:
+            return _RULES[name]
+    return "other"

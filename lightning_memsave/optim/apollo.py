@@ -117,7 +117,8 @@ def _factor(matrix: LowRankMatrix, state: Mapping[str, Any], group: Mapping[str,
     second = state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
     scaled = first / second.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     before, after = (t.norm(dim=1, keepdim=True) if group["per_channel"] else t.norm() for t in (low, scaled))
-    return after.div_(before.clamp_(min=1e-30)).mul_(group["scale"] / (1 - beta1**step))
+    factor: Tensor = after / before.clamp_(min=1e-30) * (group["scale"] / (1 - beta1**step))
+    return factor
 
 
 def _projection(matrix: LowRankMatrix, epoch: int, group: Mapping[str, Any]) -> Tensor:

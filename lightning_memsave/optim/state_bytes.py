@@ -54,11 +54,6 @@ def _rmsprop(p: Tensor, group: Mapping[str, Any]) -> int:
 
 
 def _adafactor(p: Tensor, group: Mapping[str, Any]) -> int:
-    return adafactor_state_bytes(p)
-
-
-def adafactor_state_bytes(p: Tensor) -> int:
-    """Return ``(rows + columns) * itemsize + 4`` for a matrix, ``numel * itemsize + 4`` for a vector."""
     if p.ndim < 2:
         return p.nbytes + _step_bytes()
     factors = p.numel() // max(p.shape[-1], 1) + p.numel() // max(p.shape[-2], 1)
@@ -79,6 +74,8 @@ _FORMULAS: dict[type[Optimizer], Callable[[Tensor, Mapping[str, Any]], int]] = {
     torch.optim.SGD: _sgd,
     torch.optim.Adafactor: _adafactor,
 }
+if hasattr(torch.optim, "Muon"):  # from torch 2.9
+    _FORMULAS[torch.optim.Muon] = lambda p, _: p.nbytes
 
 
 def predicted_state_bytes(optimizer: Optimizer) -> int | None:

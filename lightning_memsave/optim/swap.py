@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lightning_memsave.optim._refusals import refusals, sparse_problems
 from lightning_memsave.optim.local_shards import step_on_local_shards
 from lightning_memsave.optim.registry import OptimizerRow, family_of, group_options
 from lightning_memsave.optim.state_bytes import predicted_state_bytes
+from lightning_memsave.transforms._selection import head_layers
 
 __all__ = ["Swapped", "keep_32bit_problems", "parameters_kept_32bit", "swap_optimizers"]
 
@@ -116,7 +117,7 @@ def swap_optimizers(
         NothingToTransformError: If a pattern of ``keep_32bit`` matches no module.
 
     """
-    run = _Swap(row, options, parameters_kept_32bit(module, keep_32bit))
+    run = _Swap(row, options, parameters_kept_32bit(module, keep_32bit, heads=row.matrices_only))
     replaced = run.exchange(configured)
     if not run.done:
         raise ConfigurationError(
@@ -133,19 +134,27 @@ def swap_optimizers(
             setattr(module, name, run.done[id(value)].new)
         elif not isinstance(value, Optimizer):
             run.rebind(value, set())
-    return replaced, list(run.done.values())
+    unread = keep_32bit and keep_32bit != "auto" and row.bits == 32 and row.reaches is None
+    note = (f"keep_32bit has no effect: all state of {row.name} is 32-bit",) if unread else ()
+    return replaced, [replace(swapped, notes=(*swapped.notes, *note)) for swapped in run.done.values()]
 
 
-def parameters_kept_32bit(module: nn.Module, keep_32bit: Patterns) -> set[int]:
+def parameters_kept_32bit(module: nn.Module, keep_32bit: Patterns, *, heads: bool = False) -> set[int]:
     """Return the ids of the parameters whose state stays fp32.
 
     Args:
         module: Searched with all its submodules; a parameter shared with a matched module is kept as well.
         keep_32bit: ``"auto"``: embeddings and everything called a norm; else patterns over modules.
+        heads: ``"auto"`` means the layers that make the outputs as well.
 
     """
     if keep_32bit == "auto":
-        owners = [m for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or _is_norm(m)]
+        outputs = head_layers(module) if heads else set()
+        owners = [
+            m
+            for name, m in module.named_modules()
+            if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) or _is_norm(m) or name in outputs
+        ]
         return {id(p) for owner in owners for p in owner.parameters(recurse=False)}
     if not keep_32bit:
         return set()
@@ -175,12 +184,13 @@ def _is_norm(module: nn.Module) -> bool:
 def swap_one(old: Optimizer, row: OptimizerRow, options: Mapping[str, Any], keep_32bit: Collection[int]) -> Swapped:
     """Build the new optimizer with the groups of the old one."""
     sharded = any(isinstance(p, DTensor) for group in old.param_groups for p in group["params"])
-    if type(old).__name__ == row.title and sharded and row.local_shards:
+    already = type(old).__name__ == row.title and type(old).__module__.split(".")[0] == row.library
+    if already and sharded and row.local_shards:
         raise ConfigurationError(
             f"{SUBJECT}: configure_optimizers made {row.title} of sharded (DTensor) parameters, on which it cannot "
             "step by itself. Return torch.optim.AdamW(...) there and leave the replacement to LowMemoryOptimizer."
         )
-    if type(old).__name__ == row.title and not sharded:
+    if already and not sharded:
         return Swapped(
             old=old,
             new=old,
@@ -214,9 +224,9 @@ def _group(
     """
     kept = {"params", "lr", "weight_decay", *(row.shared if same_rule else ())}
     copied = {key: value for key, value in group.items() if key in kept or key not in old.defaults}
-    if row.family == "adafactor" and not same_rule:
-        copied |= {key: group[key] for key in ("betas",) if key in group}
-    copied |= {key: group[key] for key in ("momentum",) if key in group}
+    unread = {"betas", "momentum"} - set(row.options) if "betas" not in row.options else {"momentum"}
+    copied |= {key: group[key] for key in sorted(unread) if group.get(key)}
+    copied |= row.carry(old, group) if row.carry is not None else {}
     if row.maximizes:
         copied["maximize"] = group.get("maximize", False)
     copied |= group_options(options)

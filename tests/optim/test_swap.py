@@ -22,7 +22,9 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from lightning_memsave._imports import require
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError
+from lightning_memsave.optim.adafactor import Adafactor
 from lightning_memsave.optim.registry import OPTIMIZERS, family_of, name_problems, option_problems
 from lightning_memsave.optim.swap import parameters_kept_32bit, swap_optimizers
 
@@ -124,7 +126,42 @@ def test_hyper_parameters_of_the_same_meaning_are_kept() -> None:
 def test_hyper_parameters_of_another_meaning_are_not() -> None:
     old = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], betas=(0.8, 0.95), eps=1e-6)
     assert swapped(old, name="lion").param_groups[0]["betas"] == (0.9, 0.99)
-    assert swapped(old, name="adafactor").param_groups[0]["eps"] == (None, 1e-3)
+    assert swapped(old, name="adafactor").param_groups[0]["eps"] == (1e-30, 1e-3)
+    assert swapped(old, name="came").param_groups[0]["betas"] == (0.9, 0.999, 0.9999)
+
+
+def test_another_adafactor_keeps_what_its_options_mean() -> None:
+    p = nn.Parameter(torch.zeros(2, 2))
+    names = ("eps", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "weight_decay")
+    torchs = torch.optim.Adafactor([p], lr=0.02, beta2_decay=-0.7, eps=(None, 1e-2), d=2.0, weight_decay=0.3)
+    new, [one] = swap(torchs, nn.Module(), "adafactor")
+    assert type(new) is Adafactor
+    assert [new.param_groups[0][name] for name in names] == [(1e-30, 1e-2), 2.0, -0.7, None, True, 0.3]
+    assert "another update rule" not in "; ".join(one.notes)
+    theirs = require("transformers.optimization", "this test").Adafactor(
+        [p], lr=0.02, relative_step=False, scale_parameter=False, beta1=0.9, clip_threshold=3.0
+    )
+    group = swapped(theirs, name="adafactor").param_groups[0]
+    assert [group[name] for name in names] == [(1e-30, 1e-3), 3.0, -0.8, 0.9, False, 0.0]
+    group = swapped(theirs, name="adalomo").param_groups[0]
+    assert [group[name] for name in names] == [(1e-30, 1e-3), 3.0, -0.8, None, True, 0.0]
+
+
+def test_muon_takes_the_betas_of_adam_and_the_options_of_another_muon() -> None:
+    p = nn.Parameter(torch.zeros(2, 2))
+    group = swapped(torch.optim.AdamW([p], betas=(0.8, 0.95), eps=1e-6), name="muon").param_groups[0]
+    assert (group["betas"], group["eps"], group["momentum"]) == ((0.8, 0.95), 1e-6, 0.95)
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    group = swapped(torch.optim.Muon([p], lr=0.1, momentum=0.8, nesterov=False), name="muon").param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["adjust_lr_fn"]) == (0.8, False, "original")
+
+
+def test_a_key_of_the_users_own_that_is_an_option_is_refused_by_name() -> None:
+    old = torch.optim.AdamW(only(scale=0.5))
+    with pytest.raises(ConfigurationError, match=r"param group 0 has a key 'scale' of its own.*options=\{'scale'"):
+        swapped(old, name="galore_adamw")
+    assert swapped(torch.optim.AdamW(only(scale=0.5)), name="muon").param_groups[0]["scale"] == 0.5
 
 
 def test_options_win_over_the_groups() -> None:
@@ -252,6 +289,12 @@ def test_embeddings_and_norms_are_kept_and_what_is_tied_to_them() -> None:
     }
 
 
+def test_rules_for_matrices_leave_the_heads_out_too() -> None:
+    module = TinyLM()
+    kept = parameters_kept_32bit(module, "auto", heads=True)
+    assert kept - parameters_kept_32bit(module, "auto") == {id(module.head.weight)}
+
+
 def test_patterns_choose_what_is_kept() -> None:
     module = TinyLM()
     kept = parameters_kept_32bit(module, ["head", "*.up"])
@@ -332,17 +375,31 @@ def test_adafactor_honours_maximize() -> None:
     assert (p > 1).all()
 
 
+# a value that every option accepts, and one that none does
+GOOD = {
+    "adjust_lr_fn": "original", "beta1": None, "betas": [0.9, 0.95], "clip_threshold": 2, "decay_rate": -0.8,
+    "eps": 1e-6, "min_8bit_size": 0, "momentum": 0.9, "nesterov": False, "ns_steps": 1, "per_channel": True, "rank": 1,
+    "scale": 0.1, "scale_parameter": True, "seed": 0, "update_proj_gap": 1, "weight_decay": 0,
+}  # fmt: skip
+BAD = {
+    "adjust_lr_fn": "adamw", "beta1": 1.0, "betas": (0.9, 1.0), "clip_threshold": 0, "decay_rate": 0.8, "eps": "1e-6",
+    "min_8bit_size": 0.5, "momentum": 1.5, "nesterov": 1, "ns_steps": 0, "per_channel": None, "rank": 0.5, "scale": 0,
+    "scale_parameter": "yes", "seed": -1, "update_proj_gap": True, "weight_decay": -1,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_names_and_options_get_the_near_ones(name) -> None:
     assert name_problems(name) == []
-    [problem] = name_problems(name.replace("a", "e", 1).replace("l", "1", 1))
+    [problem] = name_problems(name.replace("_", "")[:-1] + "x")
     assert repr(name) in problem.split("All:")[0]
     row = OPTIMIZERS[name]
-    good = {"betas": [0.9, 0.95], "beta2_decay": -0.8, "d": 1.0, "foreach": None, "min_8bit_size": 0, "weight_decay": 0}
-    good["eps"] = (None, 1e-3) if name == "adafactor" else 1e-6
+    good, bad = dict(GOOD), dict(BAD)
+    if row.family in ("adafactor", "came"):
+        good["eps"], bad["eps"] = [1e-30, 1e-3], 1e-8
+    if row.family == "came":
+        good["betas"], bad["betas"] = [0.9, 0.999, 0.9999], (0.9, 0.999)
     assert option_problems(row, {key: good[key] for key in row.options}) == []
-    bad = {"betas": (0.9, 1.0), "beta2_decay": 0.8, "d": 0.5, "foreach": 1, "min_8bit_size": 0.5, "weight_decay": -1}
-    bad["eps"] = "1e-6"
     assert len(option_problems(row, {key: bad[key] for key in row.options})) == len(row.options)
     [unknown, rate] = option_problems(row, {"weight_decya": 1, "lr": 1})
     assert "Did you mean 'weight_decay'?" in unknown
@@ -359,7 +416,10 @@ def test_another_update_rule_is_said() -> None:
     assert "another update rule than SGD" in notes(torch.optim.SGD(only(), lr=0.1))
     assert "another update rule" not in notes(torch.optim.Adam(only()))
     assert "learning rate 3 to 10 times smaller" in notes(torch.optim.AdamW(only()), "lion")
-    assert "larger learning rate" in notes(torch.optim.AdamW(only()), "adafactor")
+    assert "scale_parameter" in notes(torch.optim.AdamW(only()), "adafactor")
+    assert "larger learning rate" in notes(torch.optim.AdamW(only()), "adalomo")
+    assert "another update rule than Adam;" in notes(torch.optim.Adam(only()), "galore_adamw")
+    assert "another update rule" not in notes(torch.optim.Adam(only()), "adamw_4bit")
 
 
 def test_another_weight_decay_is_said() -> None:
@@ -390,9 +450,26 @@ def test_options_without_effect_are_said() -> None:
     )
 
 
-def test_what_is_there_already_is_left_alone() -> None:
-    old = swapped(torch.optim.AdamW(only()))
-    new, [one] = swap(old, nn.Module())
+def test_how_many_tensors_a_rule_for_matrices_steps_is_said() -> None:
+    module = TinyLM()
+    told = notes(torch.optim.AdamW(module.parameters()), "muon", module)
+    assert "Muon steps 12 of 28 trainable tensors, AdamW the others" in told  # not the embedding, not the head
+    told = notes(torch.optim.AdamW(module.parameters()), "galore_adamw", module, rank=64)
+    assert "no effect: GaLoreAdamW steps 0 of 28 trainable tensors" in told
+
+
+def test_keep_32bit_without_effect_is_said() -> None:
+    module = TinyLM()
+    _, [one] = swap(torch.optim.AdamW(module.parameters()), module, "adafactor", keep_32bit="head")
+    assert "keep_32bit has no effect" in one.notes[-1]
+    _, [one] = swap(torch.optim.AdamW(module.parameters()), module, "muon", keep_32bit="head")
+    assert "keep_32bit" not in one.notes[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_there_already_is_left_alone(name) -> None:
+    old = swapped(torch.optim.AdamW(only()), name=name)
+    new, [one] = swap(old, nn.Module(), name)
     assert new is old
     assert "left as it is" in one.notes[0]
 
