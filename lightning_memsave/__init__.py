@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.memory_audit import MemoryAudit as MemoryAudit
     from lightning_memsave.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
     from lightning_memsave.callbacks.model_transform import ModelTransform as ModelTransform
+    from lightning_memsave.callbacks.optimizer_offload import OptimizerOffload as OptimizerOffload
     from lightning_memsave.callbacks.presets import preset as preset
     from lightning_memsave.callbacks.qlora import QLoRA as QLoRA
     from lightning_memsave.callbacks.tiled_compute import TiledCompute as TiledCompute
@@ -62,6 +63,7 @@ _EXPORTS = {
     "MissingDependencyError": "errors",
     "ModelTransform": "callbacks.model_transform",
     "NothingToTransformError": "errors",
+    "OptimizerOffload": "callbacks.optimizer_offload",
     "PeakMemory": "memory.peak_metric",
     "QLoRA": "callbacks.qlora",
     "Stage": "transforms._pass",

@@ -67,6 +67,16 @@ CATALOG: tuple[Method, ...] = (
         source="Chen et al. 2016, https://arxiv.org/abs/1604.06174",
     ),
     Method(
+        name="TiledCompute",
+        group="activations",
+        saves="inside MLPs and norms: about 4 * batch * (tokens - tile_tokens) * intermediate * itemsize bytes",
+        costs="one more forward of those modules per step",
+        numerics="bounded",
+        use_when="sequences of tens of thousands of tokens, beside checkpointing and chunked loss",
+        init_args={"modules": ["Linear"], "tile_tokens": 2},
+        source="Bekman et al. 2025, https://arxiv.org/abs/2506.13996",
+    ),
+    Method(
         name="WeightQuantization",
         group="weights",
         saves="frozen linear weights: 4.127 bits a value (nf4/fp4 with double quantization), 4.5 without, 8 (int8)",
@@ -122,6 +132,16 @@ CATALOG: tuple[Method, ...] = (
         requires=("bitsandbytes",),
         init_args={"name": "adamw_8bit"},
         source="Dettmers et al. 2022, https://arxiv.org/abs/2110.02861",
+    ),
+    Method(
+        name="OptimizerOffload",
+        group="optimizer",
+        saves="all state on the device: 8 bytes a trained fp32 value under AdamW; gradients=True: gradients too",
+        costs="weights and gradients cross twice a step, and the step runs on the host; on disk: state is read and written",
+        numerics="exact",
+        use_when="full-parameter training with little device memory and enough host memory, or a fast local disk",
+        init_args={"device": "optimizer-state"},
+        source="Ren et al. 2021, https://arxiv.org/abs/2101.06840",
     ),
     Method(
         name="EarlyZeroGrad",

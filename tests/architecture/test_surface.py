@@ -27,6 +27,7 @@ SURFACE = {
     "LowMemoryOptimizer": ["name", "options", "keep_32bit"],
     "MemoryAudit": ["strict"],
     "MemoryProfiler": ["steps", "formats", "snapshot"],
+    "OptimizerOffload": ["device", "gradients", "master_weights", "when", "host_budget"],
     "QLoRA": ["rank", "alpha", "dropout", "modules", "kind", "train", "frozen_dtype"],
     "TiledCompute": ["modules", "tile_tokens"],
     "WeightQuantization": ["kind", "modules", "skip", "double_quant", "compute_dtype"],
