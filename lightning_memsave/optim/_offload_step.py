@@ -85,7 +85,7 @@ class HostStep:
     # -- buckets --------------------------------------------------------------------------------------------------
     def entries(self, has_gradient: Callable[[Tensor], bool]) -> list[Entry]:
         """Return the parameters of the optimizer's present groups that have a gradient, each once."""
-        found = {}
+        found: dict[int, Entry] = {}
         for i, group in enumerate(self.optimizer.param_groups):
             for j, p in enumerate(group["params"]):
                 if has_gradient(p):
@@ -227,7 +227,7 @@ class HostStep:
 
     # -- where the state is ---------------------------------------------------------------------------------------
     def _kept(self, state: dict[str, Any]) -> dict[str, Any]:
-        return self._disk.keep(state) if self._disk is not None else state  # type: ignore[no-any-return]
+        return state if self._disk is None else self._disk.keep(state)
 
     def settle(self) -> None:
         """Bring what state the optimizer has already to where it belongs, a parameter at a time."""
@@ -302,7 +302,7 @@ class Installed:
         self._held: dict[Tensor, Any] | None = None
         self._holding = False
         optimizer = host_step.optimizer
-        self._before = {
+        self._before: dict[Any, Any] = {
             key: optimizer.__dict__[key] for key in ("step", "load_state_dict") if key in optimizer.__dict__
         }
         self._load_inner = optimizer.load_state_dict

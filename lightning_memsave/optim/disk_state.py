@@ -45,7 +45,7 @@ class DiskState:
     @property
     def nbytes(self) -> int:
         """Bytes of all files that are alive."""
-        return sum(self._mappings.values())
+        return sum(tensor.nbytes for tensor in list(self._mappings))
 
     def keep(self, state: Any) -> Any:
         """Move the tensors of a state into files, and drop the pages of those that are there already.

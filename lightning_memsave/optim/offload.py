@@ -142,8 +142,12 @@ def check_room(need: HostNeed, *, directory: Path | None, num_local_ranks: int, 
     raise_problems(SUBJECT, problems)
 
 
-def boundary_of_parameters(optimizers: Sequence[Optimizer]) -> Boundary | None:
-    """Return the boundary between the parameters of optimizers and the host; ``None`` if they are on the host.
+def boundary_of_parameters(optimizers: Sequence[Optimizer], *, master_weights: bool = False) -> Boundary | None:
+    """Return the boundary between the parameters of optimizers and the host; ``None`` where there is none.
+
+    Args:
+        optimizers: All parameters of all groups are looked at.
+        master_weights: 16-bit parameters on the host are apart from what is stepped, too.
 
     Raises:
         ConfigurationError: If they are on several devices, or sharded.
@@ -156,7 +160,10 @@ def boundary_of_parameters(optimizers: Sequence[Optimizer]) -> Boundary | None:
             f"{SUBJECT}: the parameters of the optimizer are on {', '.join(sorted(map(str, devices)))}; it works with "
             "one device a process."
         )
-    return _offload_boundary.boundary_of(devices.pop()) if devices else None
+    boundary = _offload_boundary.boundary_of(devices.pop()) if devices else None
+    if boundary is None and master_weights and any(p.requires_grad and needs_master(p) for p in parameters):
+        return Boundary()
+    return boundary
 
 
 class Offloaded:

@@ -69,6 +69,13 @@ METHOD_STRATEGIES: dict[tuple[str, str], str] = {
     ("GradientRelease", "deepspeed"): (
         "DeepSpeed holds and reduces gradients itself, and steps in its own engine. Drop GradientRelease."
     ),
+    ("OptimizerOffload", "fsdp1"): (
+        "FSDP1 steps and saves flat tensors of its own. "
+        "Use FSDP2 with CPUOffloadPolicy, or FSDPStrategy(cpu_offload=True)."
+    ),
+    ("OptimizerOffload", "deepspeed"): (
+        "DeepSpeed steps in its own engine. Use DeepSpeedStrategy(offload_optimizer=True)."
+    ),
     ("WeightQuantization", "deepspeed"): _PACKED_ZERO,
     ("QLoRA", "deepspeed"): _PACKED_ZERO,
     ("AdapterCheckpoint", "deepspeed"): (
@@ -92,6 +99,10 @@ METHOD_CONDITIONS: dict[tuple[str, str], str] = {
     ("LowMemoryOptimizer", "fsdp2"): (
         "steps on the shards of a rank, so names that read whole matrices (adafactor) are refused: use adamw_8bit, "
         "another name of bitsandbytes or torch.optim.AdamW"
+    ),
+    ("OptimizerOffload", "fsdp2"): (
+        "when='evaluation' only: for the step, FSDP2 keeps shards, gradients and state on the host itself "
+        "(fully_shard(..., offload_policy=CPUOffloadPolicy()))"
     ),
     ("WeightQuantization", "fsdp2"): _WHOLE_WEIGHTS,
     ("LoRA", "fsdp2"): _WHOLE_WEIGHTS,

@@ -27,6 +27,7 @@ ADAPTERS = ("LoRA", "QLoRA")
 REFUSED: dict[tuple[str, str], str] = {
     ("GradientRelease", "line_search"): "LBFGS.*evaluates the closure several times",
     **{("GradientRelease", kind): "optimizes manually" for kind in ("manual", "gan", "retain_graph", "several_steps")},
+    ("OptimizerOffload", "line_search"): "LBFGS.*evaluates the closure several times",
     ("LowMemoryOptimizer", "line_search"): "LBFGS.*evaluates the closure several times",
     ("WeightQuantization", "vision"): "no layer this can work on",  # convolutions
     ("QLoRA", "vision"): "found no linear layer",
