@@ -34,6 +34,7 @@ _VALUES: dict[str, Rule] = {
     "beta1": (lambda v: v is None or _is_number(v, 0.0, 1.0), "a number from 0 to below 1, or null for none"),
     "betas": (lambda v: _are_numbers(v, 2, 1.0), "two numbers from 0 to below 1, e.g. (0.9, 0.95)"),
     "clip_threshold": (lambda v: _is_number(v, 1e-12), "a number above 0, e.g. 1.0"),
+    "correction": (lambda v: v in ("int8", "int16"), "'int8' or 'int16'"),
     "decay_rate": (lambda v: _is_number(v, -math.inf, 1e-12), "a number up to 0, e.g. -0.8"),
     "eps": (lambda v: _is_number(v, 0.0), "a number from 0, e.g. 1e-8"),
     "min_8bit_size": (lambda v: _is_count(v, 0), "a number of elements, e.g. 4096"),

@@ -94,7 +94,7 @@ def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
 _RULES: dict[str, Family] = {
     **dict.fromkeys(("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"), "adam"),
     # these read betas and eps as Adam does
-    **dict.fromkeys(("GaLoreAdamW", "ApolloAdamW", "APOLLOAdamW", "AdamMini", "Adam_mini"), "adam"),
+    **dict.fromkeys(("GaLoreAdamW", "ApolloAdamW", "APOLLOAdamW", "AdamMini", "Adam_mini", "SplitMasterAdamW"), "adam"),
     **dict.fromkeys(("Adafactor", "AdaLomo"), "adafactor"),
     "CAME": "came",
     "Lion": "lion",

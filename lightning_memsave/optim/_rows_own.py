@@ -22,6 +22,7 @@ from lightning_memsave.optim.came import CAME
 from lightning_memsave.optim.galore import GaLoreAdamW
 from lightning_memsave.optim.muon import Muon, muon_state_bytes
 from lightning_memsave.optim.per_parameter import PerParameterOptimizer
+from lightning_memsave.optim.split_master import SplitMasterAdamW, has_narrow_moments, split_master_state_bytes
 
 __all__ = ["ROWS"]
 
@@ -120,6 +121,21 @@ ROWS = (
         state="2 + 8/256",
         numerics="AdamW, moments in fp8 (e4m3), a scale every 256 values",
         source="Peng et al. 2023, https://arxiv.org/abs/2310.18313",
+        bits=8,
+    ),
+    _row(
+        SplitMasterAdamW,
+        names_kept=True,
+        name="adamw_split_master",
+        family="adam",
+        shared=_ADAM,
+        options=(*_ADAM, "correction", "min_8bit_size", "weight_decay"),
+        state_bytes=split_master_state_bytes,
+        reaches=has_narrow_moments,
+        state="2 + 8/256",
+        master="1 (int16: 2)",
+        numerics="AdamW on bf16 weights with fp32 masters to 1.5e-5, 8-bit moments rounded by chance",
+        source="FlashOptim 2026, https://arxiv.org/abs/2602.23349",
         bits=8,
     ),
     _row(

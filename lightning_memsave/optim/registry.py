@@ -14,7 +14,7 @@ __all__ = ["OPTIMIZERS", "Family", "OptimizerRow", "family_of", "group_options",
 
 OPTIMIZERS: dict[str, OptimizerRow] = {row.name: row for row in (*_rows_bitsandbytes.ROWS, *_rows_own.ROWS)}
 
-_CONSTRUCTOR_ONLY = ("min_8bit_size",)
+_CONSTRUCTOR_ONLY = ("correction", "min_8bit_size")
 
 
 def group_options(options: Mapping[str, Any]) -> dict[str, Any]:
