@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,6 +28,7 @@ _BY_NAME = {
 _GLOBAL_NORMS = ("max_grad_norm", "pre_norm", "global_clip_norm")
 _NO_HOOKS: OrderedDict[int, Any] = OrderedDict()
 _NUMBERS = (int, float)
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")  # a parameter without a gradient
 
 
 def release_problems(optimizer: Any) -> list[str]:
@@ -86,18 +88,19 @@ class ParameterStepper:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        # bitsandbytes finds a parameter's configuration by its place in the groups: it has to see all of them, and
-        # skips every parameter that has no gradient.
-        self._narrows = not any(cls.__name__ == "Optimizer8bit" for cls in type(optimizer).__mro__)
+        # bitsandbytes finds a parameter's configuration by its place in the groups: every place must stay.
+        self._keeps_places = any(cls.__name__ == "Optimizer8bit" for cls in type(optimizer).__mro__)
+        if self._keeps_places:
+            _finish_first_step(optimizer)
         self._counters: dict[tuple[int, str], tuple[MutableMapping[str, Any], str, Any]] = {}
         self._handle = optimizer.register_step_post_hook(self._advance)
 
-    def step(self, p: Tensor, index: int) -> None:
-        """Step on ``p``, the only parameter that has a gradient.
+    def step(self, p: Tensor, place: tuple[int, int]) -> None:
+        """Step on ``p``.
 
         Args:
             p: A parameter of the optimizer.
-            index: Its group's place in ``optimizer.param_groups``.
+            place: Where it is: its group in ``optimizer.param_groups``, and its place in that group's ``params``.
 
         Raises:
             ConfigurationError: If the step changed what belongs to all parameters.
@@ -105,17 +108,23 @@ class ParameterStepper:
         """
         optimizer = self.optimizer
         groups = optimizer.param_groups
-        group = groups[index]
-        params = group["params"]
+        group = groups[place[0]]
+        params = [g["params"] for g in groups] if self._keeps_places else [group["params"]]
         hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
         before, own = _values(group), _numbers(optimizer)
         optimizer._optimizer_step_pre_hooks = optimizer._optimizer_step_post_hooks = _NO_HOOKS
-        if self._narrows:
-            group["params"], optimizer.param_groups = [p], [group]
         try:
+            if self._keeps_places:
+                for other in groups:
+                    other["params"] = []
+                group["params"] = [_NOTHING] * place[1] + [p]
+            else:
+                group["params"], optimizer.param_groups = [p], [group]
             optimizer.step()
         finally:
-            group["params"], optimizer.param_groups = params, groups
+            optimizer.param_groups = groups
+            for narrowed, whole in zip(groups if self._keeps_places else [group], params, strict=True):
+                narrowed["params"] = whole
             optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
         self._settle(group, before, _values(group))
         self._settle(optimizer.__dict__, own, _numbers(optimizer))
@@ -149,6 +158,14 @@ class ParameterStepper:
         while self._counters:
             owner, key, value = self._counters.popitem()[1]
             owner[key] = value
+
+
+def _finish_first_step(optimizer: Any) -> None:
+    """Do what bitsandbytes' first step does with all groups, before it sees only one parameter of them."""
+    if not optimizer.initialized:
+        optimizer.check_overrides()
+        optimizer.to_gpu()
+        optimizer.initialized = True
 
 
 class _Missing:

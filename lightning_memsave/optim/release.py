@@ -76,7 +76,7 @@ class GradientReleaser:
         self._stepper = ParameterStepper(optimizer)
         self._held = HeldGradients(accumulate)
         self._accumulates = accumulate != "refuse"
-        self._groups: dict[int, int] = {}
+        self._places: dict[int, tuple[int, int]] = {}
         self._hooks: dict[int, tuple[Tensor, Any]] = {}
         self._registered = register(self._on_gradient) if register is not None else None
         self._act: Callable[[Tensor], None] | None = None
@@ -173,19 +173,19 @@ class GradientReleaser:
 
     def _attach(self) -> None:
         """Look at the groups as they are now: they change when a checkpoint is loaded and when layers are unfrozen."""
-        groups, hooks = self._groups, self._hooks
-        groups.clear()
-        for index, group in enumerate(self.optimizer.param_groups):
-            for p in group["params"]:
-                groups[id(p)] = index
+        places, hooks = self._places, self._hooks
+        places.clear()
+        for i, group in enumerate(self.optimizer.param_groups):
+            for j, p in enumerate(group["params"]):
+                places[id(p)] = i, j
                 if self._registered is None and p.requires_grad and id(p) not in hooks:
                     hooks[id(p)] = p, p.register_post_accumulate_grad_hook(self._on_gradient)
-        for key in [key for key in hooks if key not in groups]:
+        for key in [key for key in hooks if key not in places]:
             hooks.pop(key)[1].remove()
 
     def _on_gradient(self, p: Tensor) -> None:
         # A backward that is none of ours (inside of a training_step) leaves its gradients where it puts them.
-        if self._act is not None and p.grad is not None and id(p) in self._groups:
+        if self._act is not None and p.grad is not None and id(p) in self._places:
             with self._lock, torch.no_grad():
                 self._act(p)
 
@@ -221,7 +221,7 @@ class GradientReleaser:
         if self._clip is not None:
             as_stepped(p)
             self._clip(p)
-        self._stepper.step(p, self._groups[id(p)])
+        self._stepper.step(p, self._places[id(p)])
         p.grad = None
 
     def _release_held(self) -> None:
