@@ -1,6 +1,6 @@
-"""Write the tables of README.md and docs/methods.md from the package's own tables.
+"""Write the tables of README.md, docs/methods.md and docs/how-to/optimizers.md from the package's own tables.
 
-python docs/generate.py            # after a change of the catalog, the compatibility table or a preset
+python docs/generate.py            # after a change of the catalog, the compatibility table, an optimizer or a preset
 python docs/generate.py --check    # exit code 1 if a page is out of date
 """
 
@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+
 from lightning_memsave.callbacks.presets import PRESETS
+from lightning_memsave.optim.registry import OPTIMIZERS, OptimizerRow
 from lightning_memsave.planner.catalog import CATALOG, Method
 from lightning_memsave.planner.compatibility import (
     METHOD_CONDITIONS,
@@ -23,7 +26,7 @@ from lightning_memsave.planner.compatibility import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "how-to" / "optimizers.md")
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -102,6 +105,21 @@ def presets() -> str:
     )
 
 
+def optimizers() -> str:
+    """Return one row an optimizer name: bytes, rule, source."""
+
+    def row(name: str, one: OptimizerRow) -> list[str]:
+        dtype = torch.float32 if one.master == "0" else torch.bfloat16
+        matrix = torch.empty(4096, 4096, dtype=dtype, device="meta")
+        state = one.state_bytes(matrix, False, {}) / matrix.numel()
+        paper, _, link = one.source.rpartition(", ")
+        library = "bitsandbytes" if one.library == "bitsandbytes" else "-"
+        return [f"`{name}`", one.state, f"{state:.3g}", one.master, one.numerics, library, f"[{paper}]({link})"]
+
+    header = ["Name", "State, bytes a value", "4096 x 4096", "Master weights", "Rule", "Needs", "Source"]
+    return table(header, (row(name, one) for name, one in OPTIMIZERS.items()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "when-to-use": when_to_use,
     "needs": needs,
@@ -109,6 +127,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "refusals": refusals,
     "presets": presets,
+    "optimizers": optimizers,
 }
 BLOCK = re.compile(r"<!-- generated: ([a-z-]+) -->\n.*?<!-- end -->", re.DOTALL)
 

@@ -25,22 +25,27 @@ class LowMemoryOptimizer(Saver):
     Parameter groups, their learning rates and own keys, schedulers (nested ones too), several optimizers and manual
     optimization stay as the module wrote them.
 
-    **Saves** per trained fp32 value, against the 8 bytes of AdamW: ``adamw_8bit`` and ``paged_adamw_8bit`` hold
-    ``2 + 8 / 256`` bytes, ``lion_8bit`` ``1 + 4 / 256``, ``lion`` 4, ``adafactor`` about 0 (one row and one column a
-    matrix), ``paged_adamw_32bit`` 8 that move to the host when the accelerator is full.
-    **Costs** the conversion of the state in every step. On a CPU large tensors are stepped in slices, without the four
-    (fp32 state: three) copies of the largest tensor that bitsandbytes makes there, and in half the time.
-    **Numerics** are statistical: 8-bit AdamW follows AdamW closely, Lion and Adafactor are other update rules. The
-    state of embeddings and norms, and of tensors below 4096 values, stays fp32.
-    **Does not combine with** FSDP2, on whose sharded parameters none of these optimizers steps. LBFGS, schedule-free
-    and Prodigy-like optimizers are refused.
+    **Saves** per trained value, against the 8 bytes of AdamW: ``adamw_8bit``, ``paged_adamw_8bit`` and ``adamw_fp8``
+    hold ``2 + 8 / 256`` bytes, ``adamw_4bit`` ``1 + 8 / 128``, ``lion_8bit`` ``1 + 4 / 256``, ``lion``, ``adam_mini``,
+    ``came`` and ``muon`` 4, ``adafactor`` and ``adalomo`` about 0 (one row and one column a matrix), ``galore_adamw``
+    and ``apollo_adamw`` two thin matrices of ``rank`` columns, ``paged_adamw_32bit`` 8 that move to the host when the
+    accelerator is full. One row each with its formula: the how-to page "Shrink the optimizer".
+    **Costs** the conversion of the state, or the products of the rule, in every step. Large tensors are stepped in
+    blocks, without fp32 copies of the largest one (Muon makes five of a matrix; bitsandbytes four on a CPU, left out
+    by slices, in half the time).
+    **Numerics** are statistical: AdamW in 8 bits, fp8 and 4 bits follows AdamW, the others are other update rules. The
+    state of embeddings and norms, and of tensors below 4096 values, stays fp32 in the narrow ones.
+    **Does not combine with** sharded (DTensor) parameters, for the names that step on whole tensors: ``adafactor`` and
+    those after it in the list below. LBFGS, schedule-free and Prodigy-like optimizers are refused.
 
     Args:
-        name: ``adamw_8bit``, ``paged_adamw_8bit``, ``paged_adamw_32bit``, ``lion_8bit``, ``lion`` or ``adafactor``.
+        name: ``adamw_8bit``, ``paged_adamw_8bit``, ``paged_adamw_32bit``, ``lion_8bit``, ``lion``,
+            ``adamw_split_master``, ``adafactor``, ``adalomo``, ``adamw_4bit``, ``adamw_fp8``, ``came``, ``adam_mini``,
+            ``muon``, ``galore_adamw`` or ``apollo_adamw``.
         options: Hyper-parameters for every group, e.g. ``{"betas": (0.9, 0.95)}``; they win over those of the replaced
             optimizer. The learning rates stay those of ``configure_optimizers``.
-        keep_32bit: Modules whose state stays 32-bit: ``"auto"`` (embeddings and norms), globs or class names, or an
-            empty list for none.
+        keep_32bit: Modules whose state stays that of 32-bit AdamW: ``"auto"`` (embeddings and norms, and the heads for
+            ``muon``, ``galore_adamw`` and ``apollo_adamw``), globs or class names, or an empty list for none.
 
     Raises:
         ConfigurationError: At construction, for an unknown name or option; at ``fit``, if the module's optimizer
@@ -55,8 +60,8 @@ class LowMemoryOptimizer(Saver):
         LowMemoryOptimizer(options={'betas': (0.9, 0.95)})
 
     Source:
-        8-bit and paged: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861. Lion: Chen et al. 2023,
-        https://arxiv.org/abs/2302.06675. Adafactor: Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235.
+        8-bit and paged: Dettmers et al. 2022, https://arxiv.org/abs/2110.02861. The papers of the others are in the
+        table of the how-to page.
 
     """
 
