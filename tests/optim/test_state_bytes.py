@@ -65,6 +65,7 @@ def test_prediction_for_torchs_muon_is_exact() -> None:
 VARIANTS = {
     **{name: [{"min_8bit_size": 16}] for name in ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")},
     "adafactor": [{"beta1": 0.9}],
+    "adamw_split_master": [{"min_8bit_size": 16}, {"correction": "int16"}],
     "galore_adamw": [{"rank": 8}, {"rank": 64}],
     "apollo_adamw": [{"rank": 8}, {"rank": 64}],
 }
@@ -75,6 +76,7 @@ CASES = [(name, options) for name in OPTIMIZERS for options in ({}, *VARIANTS.ge
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_prediction_of_every_row_is_exact(name, options, dtype) -> None:
     row = OPTIMIZERS[name]
+    dtype = torch.bfloat16 if name == "adamw_split_master" else dtype
     made = parameters(dtype)
     kept = {id(made[0])}
     optimizer = row.build([{"params": made, "lr": 1e-3}], options, kept)
