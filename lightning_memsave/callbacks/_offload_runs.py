@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_memsave.callbacks._lightning import NAMESPACES
 from lightning_memsave.callbacks._saver import Saver
 from lightning_memsave.callbacks._session import Session, hook_instance
+from lightning_memsave.optim._offload_boundary import Boundary
 from lightning_memsave.optim._offload_checkpoint import is_local, read_checkpoint, write_checkpoint
 from lightning_memsave.optim._offload_phases import Parking, averaged_models, storages_of
 from lightning_memsave.optim.disk_state import DiskState, is_in_memory
 from lightning_memsave.optim.offload import (
+    HostNeed,
     Offloaded,
     boundary_of_parameters,
     check_room,
@@ -103,45 +105,53 @@ class HostRun:
         if boundary is None and directory is None:
             session.report(_NAME, "inactive: the module is on the CPU, and so are its optimizer state and gradients")
             return
-        gradients = owner.gradients and boundary is not None
+        self._gradients = owner.gradients and boundary is not None
         need = host_need(
-            optimizers, crosses=boundary is not None, gradients=gradients, master_weights=owner.master_weights
+            optimizers,
+            crosses=boundary is not None,
+            gradients=self._gradients,
+            master_weights=owner.master_weights,
         )
         num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or trainer.num_devices
         budget = None if owner.host_budget is None else parse_size(owner.host_budget)
         check_room(need, directory=directory, num_local_ranks=num_ranks, host_budget=budget)
-        disk = None if directory is None else DiskState(directory)
         try:
-            for optimizer in optimizers:
-                self.offloaded.append(
-                    offload_optimizer(
-                        optimizer,
-                        boundary=boundary,
-                        disk=disk,
-                        master_weights=owner.master_weights,
-                        gradients=gradients,
-                        register=getattr(trainer.strategy, "register_reduced_hook", None),
-                    )
-                )
-            self._undo.append(hook_instance(trainer.strategy, "load_optimizer_state_dict", self._load))
-            if gradients:
-                self._undo.append(hook_instance(trainer.precision_plugin, "main_params", self._main_params))
+            self._install(optimizers, boundary, None if directory is None else DiskState(directory))
         except BaseException:
             self.close()
             raise
-        checkpoints = session.find_shared(f"{_NAME}.checkpoints")
+        self._report(need, optimizers, directory)
+
+    def _install(self, optimizers: list[Any], boundary: Boundary | None, disk: DiskState | None) -> None:
+        strategy = self._session.trainer.strategy
+        for optimizer in optimizers:
+            self.offloaded.append(
+                offload_optimizer(
+                    optimizer,
+                    boundary=boundary,
+                    disk=disk,
+                    master_weights=self._owner.master_weights,
+                    gradients=self._gradients,
+                    register=getattr(strategy, "register_reduced_hook", None),
+                )
+            )
+        self._undo.append(hook_instance(strategy, "load_optimizer_state_dict", self._load))
+        if self._gradients:
+            self._undo.append(hook_instance(strategy.precision_plugin, "main_params", self._main_params))
+        checkpoints = self._session.find_shared(f"{_NAME}.checkpoints")
         if isinstance(checkpoints, MappedCheckpoints):
             checkpoints.disk = disk
+
+    def _report(self, need: HostNeed, optimizers: list[Any], directory: Path | None) -> None:
+        report = self._session.report
         names = ", ".join(type(o).__name__ for o in optimizers)
         place = "host memory" if directory is None else f"files in {directory}"
         state = "state of unknown size" if need.state is None else f"{format_bytes(need.state + need.masters)} of state"
-        session.report(_NAME, f"{names}: {state} in {place}, stepped on the host ({need.parts()})")
-        if owner.gradients and not gradients:
-            session.report(_NAME, "gradients=True has nothing to move: gradients are on the CPU already")
+        report(_NAME, f"{names}: {state} in {place}, stepped on the host ({need.parts()})")
+        if self._owner.gradients and not self._gradients:
+            report(_NAME, "gradients=True has nothing to move: gradients are on the CPU already")
         if directory is not None and is_in_memory(directory):
-            session.report(
-                _NAME, f"{directory} is on a tmpfs, which is memory: choose a directory on a disk", warning=True
-            )
+            report(_NAME, f"{directory} is on a tmpfs, which is memory: choose a directory on a disk", warning=True)
 
     def start(self) -> None:
         """Step inside of backward if nothing comes between a gradient and its step."""

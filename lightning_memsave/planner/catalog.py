@@ -137,7 +137,7 @@ CATALOG: tuple[Method, ...] = (
         name="OptimizerOffload",
         group="optimizer",
         saves="all state on the device: 8 bytes a trained fp32 value under AdamW; gradients=True: gradients too",
-        costs="weights and gradients cross in each step, which runs on the host; on disk: the state is read and written",
+        costs="weights and gradients cross in each step, which runs on the host; on disk: the state is read, written",
         numerics="exact",
         use_when="full-parameter training with little device memory and enough host memory, or a fast local disk",
         init_args={"device": "optimizer-state"},
