@@ -123,6 +123,7 @@ class _Run:
             accumulate=owner.accumulate,
             module=module,
             register=getattr(strategy, "register_reduced_hook", None),
+            register_sending=getattr(strategy, "register_sending_hook", None),
         )
         self.stepping = False  # inside of optimizer.step(closure): the backward is the last one before a step
         self.backwards = 0  # of this step
@@ -279,6 +280,12 @@ def _trainer_problems(owner: GradientRelease, trainer: Any) -> list[str]:
         problems.append(
             f"gradient_clip_val={limit!r} clips by the norm of all gradients, which never exist together. "
             f"{_NORM_CHOICES}."
+        )
+    checkpointing = Session.of(trainer).methods.get("ActivationCheckpointing")
+    if owner.clip == "two_pass" and limit and getattr(checkpointing, "policy", "") == "selective":
+        problems.append(
+            "clip='two_pass' runs the backward twice, and ActivationCheckpointing(policy='selective') keeps results for "
+            "one. Write policy='full'."
         )
     batches = trainer.accumulate_grad_batches
     if batches > 1 and owner.accumulate == "refuse":
