@@ -276,16 +276,17 @@ def _trainer_problems(owner: GradientRelease, trainer: Any) -> list[str]:
             "must be seen before it. Write precision='bf16-mixed'."
         )
     limit = trainer.gradient_clip_val
-    if limit and limit > 0 and owner.clip == "refuse" and not _by_value(trainer):
+    by_norm = bool(limit) and limit > 0 and not _by_value(trainer)
+    if by_norm and owner.clip == "refuse":
         problems.append(
             f"gradient_clip_val={limit!r} clips by the norm of all gradients, which never exist together. "
             f"{_NORM_CHOICES}."
         )
     checkpointing = Session.of(trainer).methods.get("ActivationCheckpointing")
-    if owner.clip == "two_pass" and limit and getattr(checkpointing, "policy", "") == "selective":
+    if by_norm and owner.clip == "two_pass" and getattr(checkpointing, "policy", "") == "selective":
         problems.append(
-            "clip='two_pass' runs the backward twice, and ActivationCheckpointing(policy='selective') keeps results for "
-            "one. Write policy='full'."
+            "clip='two_pass' runs the backward twice, and ActivationCheckpointing(policy='selective') keeps results "
+            "for one. Write policy='full'."
         )
     batches = trainer.accumulate_grad_batches
     if batches > 1 and owner.accumulate == "refuse":

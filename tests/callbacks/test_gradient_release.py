@@ -136,7 +136,7 @@ def test_recomputed_blocks_with_dropout_draw_the_same_masks(policy, options) -> 
 
 
 def test_two_passes_over_blocks_that_allow_one_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="'selective'.*keeps results for one"):
+    with pytest.raises(ConfigurationError, match=r"policy='selective'\) keeps results for one"):
         fit(ActivationCheckpointing("Block", "selective"), GradientRelease(clip="two_pass"), **NORM)
 
 
