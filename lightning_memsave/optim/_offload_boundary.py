@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Boundary", "CudaBoundary", "Slot", "Ticket", "boundary_of"]
+__all__ = ["Boundary", "CudaBoundary", "Slot", "Ticket", "boundary_of", "room_for", "view_like"]
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -141,12 +141,15 @@ class Slot:
 
     def open(self, sizes: Iterable[int]) -> None:
         """Wait for the last use, then make room for tensors of these bytes."""
-        self.ticket.wait()
+        self.reserve(room_for(sizes))
         self._used = 0
-        need = sum(_aligned(size) for size in sizes)
-        if self._memory.nbytes < need:
+
+    def reserve(self, num_bytes: int) -> None:
+        """Wait for the last use, then see that there are so many bytes."""
+        self.ticket.wait()
+        if self._memory.nbytes < num_bytes:
             self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # freed before the larger one is made
-            self._memory = self._boundary.buffer(need)
+            self._memory = self._boundary.buffer(num_bytes)
 
     def like(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return a part of the memory as a host tensor of the same shape and layout."""
@@ -160,6 +163,11 @@ def view_like(memory: Tensor, tensor: Tensor, dtype: torch.dtype | None = None) 
     dtype = dtype or tensor.dtype
     layout = torch.empty_like(tensor, device="meta").stride()  # dense, whatever the tensor is
     return memory[: tensor.numel() * dtype.itemsize].view(dtype).as_strided(tensor.shape, layout)
+
+
+def room_for(sizes: Iterable[int]) -> int:
+    """Return the bytes that tensors of these sizes take in a slot."""
+    return sum(_aligned(size) for size in sizes)
 
 
 def _aligned(size: int) -> int:

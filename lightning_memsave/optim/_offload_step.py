@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memsave.errors import ConfigurationError
-from lightning_memsave.optim._offload_boundary import Boundary, Slot
+from lightning_memsave.optim._offload_boundary import Boundary, Slot, room_for
 from lightning_memsave.optim._offload_twin import SUBJECT, Position, Stepped, commit, step_on
 from lightning_memsave.optim.disk_state import DiskState
 from lightning_memsave.units import MIB
 
-__all__ = ["BUCKET_BYTES", "MASTER", "HostStep", "needs_master"]
+__all__ = ["BUCKET_BYTES", "MASTER", "HostStep", "Installed", "cut", "needs_master", "slot_needs", "staged_sizes"]
 
 BUCKET_BYTES = 32 * MIB  # of parameters that are stepped together; a larger one is a bucket of its own
 MASTER = "master_weight"  # key of the fp32 weight in the state of a 16-bit parameter
@@ -26,6 +26,7 @@ MASTER = "master_weight"  # key of the fp32 weight in the state of a 16-bit para
 _SLOTS = 3  # one bucket arrives, one is stepped, one leaves
 _HALF = (torch.bfloat16, torch.float16)
 
+T = TypeVar("T")
 Entry = tuple[Position, Tensor]  # where a parameter stands in the optimizer, and the parameter
 # Returns the gradient of a parameter if it is in host memory already.
 HostGradient = Callable[[Tensor], "Tensor | None"]
@@ -34,6 +35,33 @@ HostGradient = Callable[[Tensor], "Tensor | None"]
 def needs_master(p: Tensor) -> bool:
     """Return whether an fp32 master weight holds more than the parameter itself."""
     return p.dtype in _HALF
+
+
+def staged_sizes(p: Tensor, gradient_bytes: int, *, master: bool) -> list[int]:
+    """Return the bytes of what passes through staging memory for a parameter; with a master weight, in fp32 too."""
+    return [p.nbytes, gradient_bytes, *([p.numel() * 4] if master else [])]
+
+
+def cut(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Cut items into lists of at most so many bytes; a larger item is a list of its own."""
+    bucket: list[T] = []
+    size = 0
+    for item in items:
+        if bucket and size + size_of(item) > most:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(item)
+        size += size_of(item)
+    if bucket:
+        yield bucket
+
+
+def slot_needs(sizes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the bytes of each staging slot for buckets of tensors of these sizes."""
+    needs = [0] * _SLOTS
+    for i, bucket in enumerate(sizes):
+        needs[i % _SLOTS] = max(needs[i % _SLOTS], room_for(bucket))
+    return needs
 
 
 @dataclass
@@ -94,16 +122,7 @@ class HostStep:
 
     def buckets(self, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
         """Cut entries into buckets."""
-        bucket: list[Entry] = []
-        size = 0
-        for entry in entries:
-            if bucket and size + entry[1].nbytes > self.bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(entry)
-            size += entry[1].nbytes
-        if bucket:
-            yield bucket
+        return cut(entries, lambda entry: entry[1].nbytes, self.bucket_bytes)
 
     # -- one step -------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -114,7 +133,11 @@ class HostStep:
                 self._update(bucket, dict(bucket))
             return
         ahead: _Staged | None = None
-        for bucket in self.buckets(entries):
+        buckets = list(self.buckets(entries))
+        sizes = [[size for _, p in bucket for size in self._sizes(p)] for bucket in buckets]
+        for i, need in enumerate(slot_needs(sizes)):  # once, instead of growing
+            self._slots[(self._turn + i) % _SLOTS].reserve(need)
+        for bucket in buckets:
             staged = self._stage(bucket, host_gradient, self.boundary)
             if ahead is not None:
                 self._finish(ahead, self.boundary)
@@ -125,6 +148,7 @@ class HostStep:
     def begin(self) -> None:
         """Begin a step; what one that failed left is forgotten."""
         self._parts.clear()
+        self._turn = 0  # so that a bucket comes into the same memory in every step
 
     def commit(self) -> None:
         """End a step whose parts may have come in several calls of ``step``."""
@@ -135,8 +159,7 @@ class HostStep:
 
     def _stage(self, bucket: list[Entry], host_gradient: HostGradient, boundary: Boundary) -> _Staged:
         slot = self._slots[self._turn]
-        self._turn = (self._turn + 1) % len(self._slots)
-        # weight and gradient, and where there is a master weight also the fp32 gradient
+        self._turn = (self._turn + 1) % _SLOTS
         slot.open(size for _, p in bucket for size in self._sizes(p))
         staged = _Staged(bucket, {}, {}, slot)
         pairs = []
@@ -191,9 +214,11 @@ class HostStep:
             if at in states:
                 held[p] = self._kept(states[at])
 
-    def _sizes(self, p: Tensor) -> tuple[int, ...]:
-        gradient = p.nbytes if p.grad is None else p.grad.nbytes
-        return (p.nbytes, gradient, p.numel() * 4) if self._has_master(p) else (p.nbytes, gradient)
+    def _sizes(self, p: Tensor) -> list[int]:
+        gradient = (
+            0 if p.grad is None else p.grad.numel() * p.grad.element_size()
+        )  # of a sparse one, before its refusal
+        return staged_sizes(p, gradient, master=self._has_master(p))
 
     @staticmethod
     def _staged_gradient(p: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:

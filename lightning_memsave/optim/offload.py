@@ -17,7 +17,15 @@ from lightning_memsave.memory.host import host_available_bytes
 from lightning_memsave.optim import _offload_boundary
 from lightning_memsave.optim._offload_boundary import Boundary
 from lightning_memsave.optim._offload_gradients import HostGradients
-from lightning_memsave.optim._offload_step import BUCKET_BYTES, HostStep, Installed, needs_master
+from lightning_memsave.optim._offload_step import (
+    BUCKET_BYTES,
+    HostStep,
+    Installed,
+    cut,
+    needs_master,
+    slot_needs,
+    staged_sizes,
+)
 from lightning_memsave.optim._offload_twin import SUBJECT, offload_problems
 from lightning_memsave.optim.disk_state import DiskState, disk_free_bytes
 from lightning_memsave.optim.state_bytes import predicted_state_bytes, trainable_parameters
@@ -76,15 +84,20 @@ def host_need(
     parameters = [p for optimizer in optimizers for p in trainable_parameters(optimizer)]
     masters = sum(4 * p.numel() for p in parameters if master_weights and needs_master(p))
     states = [predicted_state_bytes(_as_stepped(optimizer, master_weights)) for optimizer in optimizers]
-    staged = [(2 * p.nbytes, 4 * p.numel() if master_weights and needs_master(p) else 0) for p in parameters]
-    # two slots of small parameters and the one that the largest parameter passes through
-    most = max((sum(sizes) for sizes in staged), default=0)
-    small = min(2 * 2 * BUCKET_BYTES, sum(sum(sizes) for sizes in staged) - most)
+    staged = [
+        [
+            size
+            for p in bucket
+            for size in staged_sizes(p, 0 if gradients else p.nbytes, master=master_weights and needs_master(p))
+        ]
+        for optimizer in optimizers
+        for bucket in cut(trainable_parameters(optimizer), lambda p: p.nbytes, BUCKET_BYTES)
+    ]
     return HostNeed(
         state=None if any(state is None for state in states) else sum(state or 0 for state in states),
         masters=masters,
         gradients=sum(p.nbytes for p in parameters) if gradients else 0,
-        staging=most + small if crosses else 0,
+        staging=sum(slot_needs(staged)) if crosses else 0,
     )
 
 
