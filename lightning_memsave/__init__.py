@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_memsave.callbacks._apply import apply as apply
     from lightning_memsave.callbacks.activation_checkpointing import ActivationCheckpointing as ActivationCheckpointing
+    from lightning_memsave.callbacks.activation_offloading import ActivationOffloading as ActivationOffloading
     from lightning_memsave.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from lightning_memsave.callbacks.allocator_settings import AllocatorSettings as AllocatorSettings
     from lightning_memsave.callbacks.early_zero_grad import EarlyZeroGrad as EarlyZeroGrad
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lightning_memsave.memory.peak_metric import PeakMemory as PeakMemory
     from lightning_memsave.memory.report import MemoryReport as MemoryReport
     from lightning_memsave.memory.report import last_report as last_report
+    from lightning_memsave.precision.bf16 import BF16Precision as BF16Precision
+    from lightning_memsave.precision.fp8 import FP8Precision as FP8Precision
     from lightning_memsave.strategies.block_ddp import BlockDDPStrategy as BlockDDPStrategy
     from lightning_memsave.transforms._adapter_files import load_adapters as load_adapters
     from lightning_memsave.transforms._pass import Applied as Applied
@@ -44,14 +47,17 @@ __version__ = "0.1.0"
 # command-line verb) starts nothing: no torch, no Lightning, no GPU.
 _EXPORTS = {
     "ActivationCheckpointing": "callbacks.activation_checkpointing",
+    "ActivationOffloading": "callbacks.activation_offloading",
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AllocatorSettings": "callbacks.allocator_settings",
     "Applied": "transforms._pass",
     "AppliedTransforms": "transforms._pass",
+    "BF16Precision": "precision.bf16",
     "BlockDDPStrategy": "strategies.block_ddp",
     "CheckpointMismatchError": "errors",
     "ConfigurationError": "errors",
     "EarlyZeroGrad": "callbacks.early_zero_grad",
+    "FP8Precision": "precision.fp8",
     "GradientRelease": "callbacks.gradient_release",
     "IncompatibleMethodsError": "errors",
     "LoRA": "callbacks.lora",

@@ -218,7 +218,7 @@ class Session:
 
     def _arm_configure_model(self, module: LightningModule) -> None:
         def configure(inner: Callable[[], Any]) -> None:
-            check_methods(self.methods, self.strategy_kind)
+            check_methods([*self.methods, type(self.trainer.precision_plugin).__name__], self.strategy_kind)
             untested = [name for name in self.methods if cell(name, self.strategy_kind)[0] == "untested"]
             if untested:
                 name = type(self.trainer.strategy).__name__

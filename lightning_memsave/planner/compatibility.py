@@ -37,6 +37,10 @@ METHOD_PAIRS: dict[frozenset[str], str] = {
     frozenset({"QLoRA", "WeightQuantization"}): (
         "QLoRA already quantizes the weights. Keep QLoRA(kind=...), or use WeightQuantization together with LoRA."
     ),
+    frozenset({"BF16Precision", "OptimizerOffload"}): (
+        "OptimizerOffload keeps fp32 master weights of 16-bit parameters on the host itself. "
+        'Write Trainer(precision="bf16-true") beside it, or drop OptimizerOffload.'
+    ),
 }
 
 # (method, strategy) -> why it is refused and what to write instead
@@ -48,6 +52,10 @@ _PACKED_ZERO = 'DeepSpeed partitions and casts what it takes for floating weight
 _BUCKETS = (
     "DDP averages gradients in buckets that hold a full set of them, whatever is released. "
     'Use strategy="memsave_ddp", which reduces block by block, or ModelParallelStrategy (FSDP2).'
+)
+_SHARDED_MASTERS = (
+    "FSDP shards the weights, and what is kept of their fp32 values at the cast is not sharded with them. "
+    'Use FSDP with fp32 parameters (Trainer(precision="bf16-mixed")), or strategy="ddp".'
 )
 METHOD_STRATEGIES: dict[tuple[str, str], str] = {
     ("WeightQuantization", "fsdp1"): _ONE_DTYPE,
@@ -76,6 +84,17 @@ METHOD_STRATEGIES: dict[tuple[str, str], str] = {
     ("OptimizerOffload", "deepspeed"): (
         "DeepSpeed steps in its own engine. Use DeepSpeedStrategy(offload_optimizer=True)."
     ),
+    ("BF16Precision", "fsdp1"): _SHARDED_MASTERS,
+    ("BF16Precision", "fsdp2"): _SHARDED_MASTERS,
+    ("BF16Precision", "deepspeed"): (
+        'DeepSpeed keeps fp32 master weights in its own engine. Write Trainer(precision="bf16-true") beside it.'
+    ),
+    ("FP8Precision", "fsdp1"): (
+        'FSDP1 takes no precision plugin but its own. Use strategy="ddp", or ModelParallelStrategy (FSDP2).'
+    ),
+    ("FP8Precision", "deepspeed"): (
+        'DeepSpeed takes no precision plugin but its own. Use strategy="ddp", or ModelParallelStrategy (FSDP2).'
+    ),
     ("WeightQuantization", "deepspeed"): _PACKED_ZERO,
     ("QLoRA", "deepspeed"): _PACKED_ZERO,
     ("AdapterCheckpoint", "deepspeed"): (
@@ -90,10 +109,11 @@ _WHOLE_WEIGHTS = (
     "before it, or the run is refused"
 )
 _STAYS_IN_WORKER = (
-    "trained adapters stay in the worker process: load them from a checkpoint, or the run is refused where none is "
-    "written"
+    "what was trained stays in the worker process: load it from a checkpoint (load_adapters), or the run is refused "
+    "where none is written"
 )
 METHOD_CONDITIONS: dict[tuple[str, str], str] = {
+    ("WeightQuantization", "ddp_spawn"): _STAYS_IN_WORKER,
     ("LoRA", "ddp_spawn"): _STAYS_IN_WORKER,
     ("QLoRA", "ddp_spawn"): _STAYS_IN_WORKER,
     ("LowMemoryOptimizer", "fsdp2"): (

@@ -29,7 +29,7 @@ Weights = Literal["stochastic", "split", "kahan"]
 
 
 class BF16Precision(PrecisionPlugin):
-    """Train bf16 weights as if they were fp32: half the weights, half the gradients, no update lost.
+    """Train bf16 weights as fp32 weights are trained: no small update is lost.
 
     With ``precision="bf16-true"`` an update below half a bf16 spacing (0.2 % of the weight) is rounded away. Here the
     optimizer of ``configure_optimizers`` steps fp32 copies of a few parameters at a time, with fp32 state, and what

@@ -75,8 +75,9 @@ class FP8Precision(PrecisionPlugin):
         swapped, skipped = swap_linear_layers(module, library, self.recipe)
         if not swapped:
             raise NothingToTransformError(
-                f"{_NAME}: none of the {len(skipped)} linear layers can be multiplied in fp8: sizes must be multiples "
-                f"of 16, and no hook may be on the layer; found {', '.join(skipped[:3]) or 'no linear layer'}. Use precision='bf16-mixed'."
+                f"{_NAME}: none of the {len(skipped)} linear layers can be multiplied in fp8: both sizes must be "
+                "multiples of 16, and no hook may be on the layer. Found "
+                f"{', '.join(skipped[:3]) or 'no linear layer'}. Use precision='bf16-mixed'."
             )
         self._module = module
         left = f"; {len(skipped)} left in bf16 ({', '.join(skipped[:3])})" if skipped else ""

@@ -12,6 +12,7 @@ import lightning_memsave
 
 SURFACE = {
     "ActivationCheckpointing": ["modules", "policy", "every_n", "budget"],
+    "ActivationOffloading": ["modules", "device", "host_budget"],
     "AdapterCheckpoint": ["export_peft"],
     "AllocatorSettings": [
         "expandable_segments",
@@ -20,8 +21,10 @@ SURFACE = {
         "host_trim",
         "autocast_cache",
     ],
+    "BF16Precision": ["weights", "keep_fp32", "correction", "checkpoint_dtype"],
     "BlockDDPStrategy": ["bucket_size", "broadcast_buffers", "kwargs"],
     "EarlyZeroGrad": [],
+    "FP8Precision": ["recipe"],
     "GradientRelease": ["clip", "accumulate"],
     "LoRA": ["rank", "alpha", "dropout", "modules", "variant", "train", "frozen_dtype", "adapter_dtype"],
     "LowMemoryOptimizer": ["name", "options", "keep_32bit"],

@@ -25,13 +25,19 @@ from lightning_memsave.planner.compatibility import (
     partners_refused,
 )
 
-NAMES = [row.name for row in CATALOG if row.slot == "callbacks"]
+# FP8Precision needs a GPU: tests/gpu/test_precision_gpu.py
+NAMES = [row.name for row in CATALOG if row.slot == "callbacks" or row.name == "BF16Precision"]
 REFUSED = sorted(tuple(sorted(pair)) for pair in METHOD_PAIRS)
 ALLOWED = [pair for pair in itertools.combinations(NAMES, 2) if frozenset(pair) not in METHOD_PAIRS]
 
 
-def make(*names: str) -> list[Any]:
-    return [getattr(lightning_memsave, name)(**method(name).init_args) for name in names]
+def make(*names: str) -> dict[str, list[Any]]:
+    """Return Trainer arguments with the methods in their slots."""
+    arguments: dict[str, list[Any]] = {}
+    for name in names:
+        made = getattr(lightning_memsave, name)(**method(name).init_args)
+        arguments.setdefault(method(name).slot, []).append(made)
+    return arguments
 
 
 def partly_frozen() -> LitLM:
@@ -50,7 +56,7 @@ def shape(module: nn.Module) -> list[tuple[str, str, bool]]:
 
 def test_the_table_speaks_of_methods_and_strategies_that_exist() -> None:
     assert {name for pair in METHOD_PAIRS for name in pair} <= set(NAMES)
-    assert {name for name, _ in METHOD_STRATEGIES} <= set(NAMES)
+    assert {name for name, _ in METHOD_STRATEGIES} <= {*NAMES, "FP8Precision"}
     assert {kind for _, kind in METHOD_STRATEGIES} <= set(STRATEGIES)
     assert all(len(pair) == 2 for pair in METHOD_PAIRS)
     assert not set(METHOD_CONDITIONS) & set(METHOD_STRATEGIES)
@@ -61,7 +67,7 @@ def test_a_run_on_a_strategy_that_was_never_tried_says_so(monkeypatch: pytest.Mo
     lines: list[tuple[str, str]] = []
     monkeypatch.setattr(_session, "strategy_kind", lambda strategy: "deepspeed")
     monkeypatch.setattr(_session.Session, "report", lambda self, name, line, **kwargs: lines.append((name, line)))
-    make_trainer(callbacks=make("ActivationCheckpointing")).fit(LitLM(), make_loader())
+    make_trainer(**make("ActivationCheckpointing")).fit(LitLM(), make_loader())
     assert lines[0] == ("ActivationCheckpointing", "not tested on SingleDeviceStrategy; compare losses")
 
 
@@ -70,7 +76,7 @@ def test_a_refused_pair_is_refused_before_the_model_is_touched(pair: tuple[str, 
     module = LitLM()
     before = shape(module)
     with pytest.raises(IncompatibleMethodsError) as error:
-        make_trainer(callbacks=make(*pair)).fit(module, make_loader())
+        make_trainer(**make(*pair)).fit(module, make_loader())
     assert f"{pair[0]} and {pair[1]} do not combine: {METHOD_PAIRS[frozenset(pair)]}" in str(error.value)
     assert shape(module) == before
 
@@ -78,7 +84,7 @@ def test_a_refused_pair_is_refused_before_the_model_is_touched(pair: tuple[str, 
 @pytest.mark.parametrize("pair", ALLOWED, ids=" + ".join)
 def test_a_pair_that_is_not_listed_trains(pair: tuple[str, str]) -> None:
     module = partly_frozen()
-    make_trainer(max_epochs=2, callbacks=make(*pair)).fit(module, make_loader())
+    make_trainer(max_epochs=2, **make(*pair)).fit(module, make_loader())
     assert len(module.losses) == 6
     assert sum(module.losses[3:]) < sum(module.losses[:3]), "the second epoch learned nothing"
 
@@ -91,7 +97,7 @@ def test_a_refused_strategy_is_refused_before_the_model_is_touched(monkeypatch: 
         module = LitLM()
         before = shape(module)
         with pytest.raises(IncompatibleMethodsError) as error:
-            make_trainer(callbacks=make(name)).fit(module, make_loader())
+            make_trainer(**make(name)).fit(module, make_loader())
         assert f"{name} does not run on the {kind!r} strategy: {reason}" in str(error.value)
         assert shape(module) == before
 
