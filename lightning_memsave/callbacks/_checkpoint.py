@@ -36,18 +36,18 @@ NAME = "AdapterCheckpoint"
 _ATTRIBUTE = "_memsave_checkpoint"
 
 
-def attach_adapter_checkpoint(trainer: Trainer, module: LightningModule) -> None:
+def attach_adapter_checkpoint(trainer: Trainer, module: LightningModule, method: str) -> None:
     """Make checkpoints of this run adapter checkpoints, unless the user's own ``AdapterCheckpoint`` does.
 
-    For ``LoRA`` and ``QLoRA``, in their ``setup``. On DeepSpeed, which writes its own checkpoints, its switch for
-    leaving frozen parameters out is set instead, and said.
+    For a ``method`` that changes the base (``LoRA``, ``QLoRA``, ``WeightQuantization``), in its ``setup``. On DeepSpeed,
+    which writes its own checkpoints, its switch for leaving frozen parameters out is set instead, and said.
 
     Raises:
-        ConfigurationError: If training in spawned processes could not hand the adapters back in any way.
+        ConfigurationError: If training in spawned processes could not hand back in any way what was trained.
 
     """
     session = Session.of(trainer)
-    _check_spawn(session)
+    _check_spawn(session, method)
     if _callback_of_class(trainer, NAME) is not None:
         return
     kind = session.strategy_kind
@@ -76,19 +76,20 @@ def _callback_of_class(trainer: Any, name: str) -> Any:
     return next((c for c in trainer.callbacks if any(cls.__name__ == name for cls in type(c).__mro__)), None)
 
 
-def _check_spawn(session: Session) -> None:
+def _check_spawn(session: Session, method: str) -> None:
     trainer = session.trainer
-    if session.strategy_kind != "ddp_spawn" or trainer.state.fn is None or trainer.state.fn.value != "fit":
+    spawned = getattr(trainer.strategy, "_start_method", "popen") != "popen"
+    if not spawned or trainer.state.fn is None or trainer.state.fn.value != "fit":
         return
     if not trainer.checkpoint_callbacks:
         raise ConfigurationError(
-            "LoRA: training in spawned processes changes copies of the module, and no checkpoint is written, so the "
-            'adapters would be lost. Use Trainer(strategy="ddp"), or keep enable_checkpointing=True.'
+            f"{method}: training in spawned processes changes copies of the module, and no checkpoint is written, so "
+            'what was trained would be lost. Use Trainer(strategy="ddp"), or keep enable_checkpointing=True.'
         )
     session.report(
-        "LoRA",
+        method,
         "training in spawned processes changes copies of the module: the one in this process keeps its old weights. "
-        'Read the adapters from the checkpoint (load_adapters), or use Trainer(strategy="ddp").',
+        'Read what was trained from the checkpoint (load_adapters), or use Trainer(strategy="ddp").',
         warning=True,
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from lightning_memsave.callbacks.environment import VARIABLE
 from lightning_memsave.callbacks.presets import find_methods
 from lightning_memsave.errors import ConfigurationError, MemsaveError
+from lightning_memsave.strategies._registry import register_on_import
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -28,7 +29,7 @@ Examples:
   torchrun --nproc-per-node 2 -m lightning_memsave run --methods qlora train.py
 
 Everything after the script belongs to the script, its exit code is the exit code, and processes it starts get the
-same savers.
+same savers. The strategy names of this package (Trainer(strategy="memsave_ddp")) are known to the script.
 """
 
 
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ[VARIABLE] = methods
     else:
         print(f"[memsave] run: no methods given (--methods or {VARIABLE}), so nothing is attached.", file=sys.stderr)
+    script = args.script if args.is_module else os.path.abspath(args.script)
+    register_on_import(relaunch=["run", *(["-m"] if args.is_module else []), script])
     try:
         _execute(args.script, args.arguments, is_module=args.is_module)
     except MemsaveError:

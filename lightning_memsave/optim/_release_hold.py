@@ -86,6 +86,13 @@ class HeldGradients:
             g.add_(held[1])
         return g
 
+    def copy(self, p: Tensor) -> Tensor:
+        """Return what is held for a parameter as a gradient of its own."""
+        held = self._held[id(p)][1]
+        g = torch.empty_like(p)
+        local_part(g).copy_(local_part(held), non_blocking=True)
+        return g
+
     def norm(self, p: Tensor) -> Tensor:
         """Return the norm of what is held for a parameter whose gradient is ``None``."""
         self._make_gradient(p)

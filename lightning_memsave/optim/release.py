@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_memsave.errors import ConfigurationError, raise_problems
@@ -56,6 +57,7 @@ class GradientReleaser:
         module: Gives parameters their names in messages.
         register: Registers a function to be called with each parameter whose gradient is final, and returns a handle
             with ``remove``. By default a hook of each parameter that runs when autograd has accumulated its gradient.
+        register_sending: The same, called before a gradient is averaged over ranks: what is held is added then.
 
     Raises:
         ConfigurationError: If the optimizer cannot be stepped one parameter at a time.
@@ -69,6 +71,7 @@ class GradientReleaser:
         accumulate: Accumulate = "refuse",
         module: nn.Module | None = None,
         register: Callable[[Callable[[Tensor], None]], Any] | None = None,
+        register_sending: Callable[[Callable[[Tensor], None]], Any] | None = None,
     ) -> None:
         raise_problems("GradientRelease", release_problems(optimizer))
         self.optimizer = optimizer
@@ -79,6 +82,7 @@ class GradientReleaser:
         self._places: dict[int, tuple[int, int]] = {}
         self._hooks: dict[int, tuple[Tensor, Any]] = {}
         self._registered = register(self._on_gradient) if register is not None else None
+        self._sending = register_sending(self._on_sending) if register_sending is not None else None
         self._act: Callable[[Tensor], None] | None = None
         self._seen: set[int] = set()
         self._norms: dict[int, Tensor] = {}
@@ -146,6 +150,9 @@ class GradientReleaser:
         if self._registered is not None:
             self._registered.remove()
             self._registered = None
+        if self._sending is not None:
+            self._sending.remove()
+            self._sending = None
         self._stepper.close()
         self._held.close()
         self.unmark()
@@ -178,8 +185,9 @@ class GradientReleaser:
         for i, group in enumerate(self.optimizer.param_groups):
             for j, p in enumerate(group["params"]):
                 places[id(p)] = i, j
-                if self._registered is None and p.requires_grad and id(p) not in hooks:
-                    hooks[id(p)] = p, p.register_post_accumulate_grad_hook(self._on_gradient)
+                if (self._registered is None or self._sending is not None) and p.requires_grad and id(p) not in hooks:
+                    hook = self._on_gradient if self._registered is None else self._on_own_gradient
+                    hooks[id(p)] = p, p.register_post_accumulate_grad_hook(hook)
         for key in [key for key in hooks if key not in places]:
             hooks.pop(key)[1].remove()
 
@@ -188,6 +196,23 @@ class GradientReleaser:
         if self._act is not None and p.grad is not None and id(p) in self._places:
             with self._lock, torch.no_grad():
                 self._act(p)
+
+    def _on_own_gradient(self, p: Tensor) -> None:
+        """Hold a gradient that is not averaged yet; those of a window are averaged together, at its end."""
+        if self._act == self._hold:
+            self._on_gradient(p)
+
+    def _on_sending(self, p: Tensor) -> None:
+        """Add what is held before the average is taken; a first pass keeps it for the second."""
+        if self._act is None or p not in self._held:
+            return
+        with self._lock, torch.no_grad():
+            if self._act == self._release:
+                self._held.take(p)
+            elif p.grad is not None:
+                self._held.join(p)
+            else:
+                p.grad = self._held.copy(p)
 
     def _run(self, act: Callable[[Tensor], None], run: Callable[..., Any], loss: Tensor, **options: Any) -> None:
         self._seen.clear()
@@ -211,7 +236,8 @@ class GradientReleaser:
 
     def _measure(self, p: Tensor) -> None:
         self._once(p)
-        self._norms[id(p)] = torch.linalg.vector_norm(self._held.join(p))
+        g = self._held.join(p) if self._sending is None else as_stepped(p)  # else it was added before the average
+        self._norms[id(p)] = torch.linalg.vector_norm(g)
         p.grad = None
 
     def _release(self, p: Tensor) -> None:
@@ -266,7 +292,7 @@ class GradientReleaser:
             self._norms.clear()
             if not norms:
                 return torch.ones((), dtype=torch.float32, device="cpu")
-            return _coefficient(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])), limit)
+            return _coefficient(get_total_norm(norms), limit)  # as clip_grad_norm_ does with the norms of gradients
 
 
 def _whole(norm: Tensor) -> Tensor:

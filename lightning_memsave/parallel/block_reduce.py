@@ -49,6 +49,7 @@ class BlockReducer:
         group: The process group, ``None`` for the default one.
         ignored: Qualified names of parameters to leave alone.
         hooks: ``fn(parameter)`` in an ordered dict, called when a gradient holds the average; may change any time.
+        sending_hooks: The same, called before a gradient is sent.
         on_unused: Called with ``(names, everywhere)`` the first time trained parameters got no gradient on this rank.
         subject: The public class that asks, for messages.
 
@@ -62,12 +63,14 @@ class BlockReducer:
         group: dist.ProcessGroup | None = None,
         ignored: Sequence[str] = (),
         hooks: OrderedDict[int, Callable[[nn.Parameter], Any]] | None = None,
+        sending_hooks: OrderedDict[int, Callable[[nn.Parameter], Any]] | None = None,
         on_unused: Callable[[list[str], bool], None] | None = None,
         subject: str = "BlockReducer",
     ) -> None:
         self.module, self.bucket_bytes, self.group, self.subject = module, bucket_bytes, group, subject
         self.ignored, self.on_unused = tuple(ignored), on_unused
         self.hooks = OrderedDict() if hooks is None else hooks
+        self.sending_hooks = OrderedDict() if sending_hooks is None else sending_hooks
         self.world_size = dist.get_world_size(group)
         self.sync = True
         self.names: list[str] = []
@@ -95,9 +98,15 @@ class BlockReducer:
         On every rank for the same parameters; their order is the same on every rank but for those without a gradient
         of their own, which come last. It may set ``parameter.grad`` to ``None``.
         """
-        handle = RemovableHandle(self.hooks)
-        self.hooks[handle.id] = function
-        return handle
+        return _add(self.hooks, function)
+
+    def register_sending_hook(self, function: Callable[[nn.Parameter], Any]) -> RemovableHandle:
+        """Call ``function(parameter)`` before this rank's gradient is sent; it may add to it, or make it.
+
+        For gradients that are kept elsewhere during ``no_sync`` passes: it is called for every parameter, also if this
+        backward gave it none.
+        """
+        return _add(self.sending_hooks, function)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -229,6 +238,14 @@ class BlockReducer:
         self._cut([*first, *sorted(late, reverse=True)])
 
 
+def _add(
+    hooks: OrderedDict[int, Callable[[nn.Parameter], Any]], function: Callable[[nn.Parameter], Any]
+) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = function
+    return handle
+
+
 class _Pass:
     """One backward: which gradients arrived, which buckets left, which are under way."""
 
@@ -258,6 +275,7 @@ class _Pass:
         self.arrived.append(index)
         self._note_stream(reducer.parameters[index].device)
         if reducer.world_size == 1:
+            self._prepare(index)
             self._deliver(index)
             return
         self._missing[number] -= self._expected[index]
@@ -296,6 +314,11 @@ class _Pass:
     def finish(self) -> None:
         """Reduce what is left, in order, and wait for all of it."""
         if self.reducer.world_size == 1:
+            for index in range(len(self.reducer.parameters)):
+                if index not in self._here:
+                    self._prepare(index)
+                    if index in self.reducer._touched:
+                        self._deliver(index)
             return
         while self._next < len(self.reducer.buckets):
             self._send()
@@ -308,6 +331,8 @@ class _Pass:
         while len(self._flights) >= _IN_FLIGHT:
             self._land()
         self._join_streams()
+        for index in bucket.indices:
+            self._prepare(index)
         members = [reducer.parameters[index] for index in bucket.indices]
         used = [index in reducer._touched for index in bucket.indices]
         self._flights.append(Flight(bucket, members, used, reducer.group, reducer.world_size))
@@ -323,6 +348,15 @@ class _Pass:
         del flight  # with its buffer, before the gradients are used
         for index in indices:
             self._deliver(index)
+
+    def _prepare(self, index: int) -> None:
+        """Let the gradient be completed; one that is made here counts as this rank's own."""
+        parameter = self.reducer.parameters[index]
+        had_none = parameter.grad is None
+        for function in list(self.reducer.sending_hooks.values()):
+            function(parameter)
+        if had_none and parameter.grad is not None:
+            self.reducer._touched.add(index)
 
     def _deliver(self, index: int) -> None:
         parameter = self.reducer.parameters[index]

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from lightning_memsave.callbacks._lightning import NAMESPACES
+from lightning_memsave.strategies._registry import as_memsave_run
 
 __all__ = ["EitherTrainer"]
 
@@ -35,7 +36,7 @@ class EitherTrainer:
         # The Trainer ends the other processes of its own launcher only.
         strategy: Any = self
         if strategy._start_method == "popen":
-            launcher = self._from_namespace("strategies.launchers", "_SubprocessScriptLauncher")
+            launcher = _through_memsave_run(self._from_namespace("strategies.launchers", "_SubprocessScriptLauncher"))
             strategy._launcher = launcher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         else:
             launcher = self._from_namespace("strategies.launchers", "_MultiProcessingLauncher")
@@ -76,3 +77,14 @@ class EitherTrainer:
         return strategy.precision_plugin.optimizer_step(
             optimizer, model=model or strategy.lightning_module, closure=closure, **kwargs
         )
+
+
+def _through_memsave_run(launcher: Any) -> Any:
+    """Return the launcher's class with processes started the way this one was."""
+
+    class Launcher(launcher):  # type: ignore[misc]
+        def _call_children_scripts(self) -> None:
+            with as_memsave_run():
+                super()._call_children_scripts()
+
+    return Launcher

@@ -11,11 +11,12 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
-__all__ = ["NAMES", "Named", "register_names", "register_on_import"]
+__all__ = ["NAMES", "Named", "as_memsave_run", "register_names", "register_on_import"]
 
 _REGISTRIES = ("lightning.pytorch.strategies", "pytorch_lightning.strategies")
 
@@ -51,16 +52,44 @@ def register_names(registry: Any) -> None:
         )
 
 
-def register_on_import() -> None:
+_relaunch: list[str] = []  # the words after "memsave" that run this process's script, under `memsave run`
+
+
+def register_on_import(relaunch: Sequence[str] = ()) -> None:
     """Register the names as soon as a namespace's strategies are imported, now or later.
 
     For ``memsave run``, which imports neither torch nor Lightning before the script does.
+
+    Args:
+        relaunch: The words after ``memsave`` with which another process would run the same script.
+
     """
+    _relaunch[:] = relaunch
     for path in _REGISTRIES:
         if path in sys.modules:
             register_names(sys.modules[path].StrategyRegistry)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+@contextmanager
+def as_memsave_run() -> Iterator[None]:
+    """Let Lightning's launcher start the other processes through ``memsave run`` if this one runs under it.
+
+    It starts ``sys.argv`` anew, with ``-m`` if the main module has a spec: a script that knows the names of this
+    package through ``memsave run`` only would not find them there.
+    """
+    if not _relaunch:
+        yield
+        return
+    main = sys.modules["__main__"]
+    argv, spec = sys.argv, main.__spec__
+    sys.argv = [argv[0], *_relaunch, *argv[1:]]
+    main.__spec__ = importlib.machinery.ModuleSpec("lightning_memsave", None)
+    try:
+        yield
+    finally:
+        sys.argv, main.__spec__ = argv, spec
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -49,8 +49,8 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
     **Saves** the buckets of DistributedDataParallel, a second copy of all gradients: ``itemsize`` bytes a trained
     parameter (4 in fp32). With ``GradientRelease``, which stock DDP makes useless, nearly all gradients.
     **Costs** nothing measurable; up to three buckets of extra memory during backward. A parameter without a gradient
-    holds back those that come after it until the end of that backward, and a module compiled as a whole gives all its
-    gradients at the end: compile its blocks.
+    holds back those that come after it until the end of that backward (what some rank did not use in the first one
+    comes last), and a module compiled as a whole gives all its gradients at the end: compile its blocks.
     **Numerics** are bitwise those of DDP with ``find_unused_parameters=True`` on two ranks; on more, sums are rounded
     in another order.
     **Does not combine with** communication hooks, sparse gradients, and parameters that are sharded already.
@@ -82,6 +82,7 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
         self.bucket_size = bucket_size
         self.broadcast_buffers = broadcast_buffers
         self._hooks: OrderedDict[int, Callable[[nn.Parameter], Any]] = OrderedDict()
+        self._sending_hooks: OrderedDict[int, Callable[[nn.Parameter], Any]] = OrderedDict()
         self._reducer: BlockReducer | None = None
         self._group: dist.ProcessGroup | None = None
         self._buffers_differ = False
@@ -111,6 +112,22 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
         self._hooks[handle.id] = function
         return handle
 
+    def register_sending_hook(self, function: Callable[[nn.Parameter], Any]) -> RemovableHandle:
+        """Call ``function(parameter)`` inside backward before this rank's gradient is sent; it may add to it.
+
+        For what keeps the gradients of accumulated batches elsewhere.
+
+        Args:
+            function: Called with every trained parameter; the gradient is ``None`` if the last batch gave it none.
+
+        Returns:
+            A handle with ``remove()``.
+
+        """
+        handle = RemovableHandle(self._sending_hooks)
+        self._sending_hooks[handle.id] = function
+        return handle
+
     @property
     def _module(self) -> LightningModule:
         module = self.lightning_module
@@ -131,6 +148,7 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
             group=self._group,
             ignored=ignored,
             hooks=self._hooks,
+            sending_hooks=self._sending_hooks,
             on_unused=self._say_unused,
             subject=_NAME,
         )
@@ -141,7 +159,7 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
         size = format_bytes(sum(p.numel() * p.itemsize for p in parameters))
         self._say(
             f"{self._reducer.world_size} ranks average {len(parameters)} gradients ({size}) in "
-            f"{len(self._reducer.buckets)} messages inside backward"
+            f"{len(self._reducer.buckets)} message{'s' if len(self._reducer.buckets) != 1 else ''} inside backward"
         )
 
     def teardown(self) -> None:
