@@ -23,6 +23,7 @@ from lightning_memsave.optim._shard_blocks import BlockState, flat_scales, recod
 __all__ = ["local_part", "local_state", "sharded_state"]
 
 _PARTS = ("_rows", "_begin")
+_NAMES = "state_names"  # in every entry: torch reads from a distributed checkpoint what it looks for, and no more
 Entry = dict[str, Any]
 
 
@@ -130,7 +131,7 @@ def _sharded_entry(p: Tensor, entry: Entry, blocks: Sequence[BlockState]) -> Ent
         return entry
     shape, by_scales = local_part(p).shape, {block.scales: block for block in blocks}
     tables = {block.table for block in blocks}
-    sharded: Entry = {}
+    sharded: Entry = {_NAMES: " ".join(sorted(entry))}
     for name, value in entry.items():
         if name in by_scales:
             sharded.update(_sharded_scales(p, value, by_scales[name]))
@@ -196,17 +197,17 @@ def _flat(entry: Mapping[str, Any]) -> Entry:
 
 
 def _check_names(optimizer: Optimizer, p: Tensor, entry: Entry, blocks: Sequence[BlockState]) -> None:
-    """Refuse what torch lets pass: from a full checkpoint it leaves alone whatever it does not find there."""
+    """Refuse what torch lets pass: of a checkpoint it reads what it looks for, and leaves alone what is not there."""
+    written = str(entry.pop(_NAMES, "")).split()
     if not isinstance(p, DTensor) or not optimizer.state.get(p):
         return
-
-    def plain(names: Mapping[str, Any]) -> set[str]:
-        return {next((b.scales for b in blocks if name.startswith(b.scales)), name) for name in names}
-
-    found, needed = plain(entry), plain(optimizer.state[p])
+    needed = set(optimizer.state[p])
+    found = {next((b.scales for b in blocks if name.startswith(b.scales)), name) for name in entry}
+    if found == needed:
+        found = set(written) or found
     if found != needed:
         raise CheckpointMismatchError(
-            f"LowMemoryOptimizer: the checkpoint holds the optimizer state {sorted((found - needed) or found)}, and "
+            f"LowMemoryOptimizer: the checkpoint holds the optimizer state {sorted(found)}, and "
             f"{type(optimizer).__name__} needs {sorted(needed)}. Resume with the optimizer and options the checkpoint "
             "was written with, or start from its weights alone."
         )
@@ -216,8 +217,8 @@ def _local_entry(p: Tensor, entry: Entry, blocks: Sequence[BlockState]) -> Entry
     described = tuple(block.scales + part for block in blocks for part in _PARTS)
     local = {name: _cut(p, value) for name, value in entry.items() if not name.startswith(described)}
     for block in blocks:
-        # without a table the moments are 32-bit; scales beside a plain parameter are its own already
-        if block.table in entry and (isinstance(p, DTensor) or block.scales not in entry):
+        # without a table the moments are 32-bit; without a description the scales of a plain parameter are its own
+        if block.table in entry and (isinstance(p, DTensor) or any(name.startswith(described) for name in entry)):
             local[block.codes], local[block.scales] = _codes_and_scales(p, entry, local[block.codes], block)
     return local
 
@@ -234,6 +235,11 @@ def _cut(p: Tensor, value: Any) -> Any:
 def _codes_and_scales(p: Tensor, entry: Entry, codes: Tensor, block: BlockState) -> tuple[Tensor, Tensor]:
     """Return the codes and scales of this rank's piece: as they are, or in blocks of its own."""
     split = _Split.of(p)
+    if codes.shape != local_part(p).shape:
+        raise CheckpointMismatchError(
+            f"LowMemoryOptimizer: the checkpoint holds 8-bit state of the shape {tuple(codes.shape)} for a parameter "
+            f"of {tuple(local_part(p).shape)}. Resume with the same model and the same param groups in the same order."
+        )
     described, first_column = _description(p, entry, split, block)
     scales_rk, begin_r1 = (tensor.to(codes.device) for tensor in described)
     if first_column is None:
@@ -258,7 +264,8 @@ def _description(p: Tensor, entry: Entry, split: _Split, block: BlockState) -> t
     """
     own, whole_rows = split.keys(block), (block.scales + _PARTS[0], block.scales + _PARTS[1])
     other = [name for name in entry if name.startswith(f"{whole_rows[0]}_x") and name != own[0]]
-    if block.scales in entry:  # written by an ordinary run
+    # Of a full checkpoint torch leaves what this run would have written beside what it found: the latter counts.
+    if isinstance(p, DTensor) and block.scales in entry:  # written by an ordinary run
         rows = row_scales(entry[block.scales], p.shape[0] if p.ndim else 1, split.whole_columns, block.size)
     elif other:
         raise CheckpointMismatchError(
@@ -272,8 +279,9 @@ def _description(p: Tensor, entry: Entry, split: _Split, block: BlockState) -> t
         return (local_part(entry[own[0]]), local_part(entry[own[1]])), None
     if split.first_column is None:
         raise CheckpointMismatchError(
-            f"LowMemoryOptimizer: the 8-bit state of a weight of the shape {tuple(p.shape)}, split as {p.placements}, "  # type: ignore[attr-defined]
-            "is resumed from a checkpoint written with that split only. Start from the checkpoint's weights alone."
+            f"LowMemoryOptimizer: a weight of the shape {tuple(p.shape)} is split over its third or a later dimension, "
+            "and its 8-bit state resumes from a checkpoint written with that split only. Start from the checkpoint's "
+            "weights alone."
         )
     piece = slice(split.first_row, split.first_row + split.rows)
     exact = split.columns == split.whole_columns
