@@ -39,15 +39,15 @@ _ATTRIBUTE = "_memsave_checkpoint"
 def attach_adapter_checkpoint(trainer: Trainer, module: LightningModule, method: str) -> None:
     """Make checkpoints of this run adapter checkpoints, unless the user's own ``AdapterCheckpoint`` does.
 
-    For a ``method`` that changes the base (``LoRA``, ``QLoRA``, ``WeightQuantization``), in its ``setup``. On DeepSpeed,
-    which writes its own checkpoints, its switch for leaving frozen parameters out is set instead, and said.
+    For a ``method`` that changes the base (``LoRA``, ``QLoRA``, ``WeightQuantization``), in its ``setup``. On
+    DeepSpeed, which writes its own checkpoints, its switch for leaving frozen parameters out is set, and said.
 
     Raises:
         ConfigurationError: If training in spawned processes could not hand back in any way what was trained.
 
     """
     session = Session.of(trainer)
-    _check_spawn(session, method)
+    _check_spawn(session, module, method)
     if _callback_of_class(trainer, NAME) is not None:
         return
     kind = session.strategy_kind
@@ -76,7 +76,7 @@ def _callback_of_class(trainer: Any, name: str) -> Any:
     return next((c for c in trainer.callbacks if any(cls.__name__ == name for cls in type(c).__mro__)), None)
 
 
-def _check_spawn(session: Session, method: str) -> None:
+def _check_spawn(session: Session, module: LightningModule, method: str) -> None:
     trainer = session.trainer
     spawned = getattr(trainer.strategy, "_start_method", "popen") != "popen"
     if not spawned or trainer.state.fn is None or trainer.state.fn.value != "fit":
@@ -92,6 +92,23 @@ def _check_spawn(session: Session, method: str) -> None:
         'Read what was trained from the checkpoint (load_adapters), or use Trainer(strategy="ddp").',
         warning=True,
     )
+    session.shared("spawned", lambda: _SpawnedModule(session.trainer, module))
+
+
+class _SpawnedModule:
+    """The module of a worker process, which hands no weights back: the one they would be loaded into has other layers.
+
+    Lightning reads ``state_dict()`` in the worker once training is over, after the session. Packed weights have the
+    names of floating ones and another shape.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+
+    def close(self) -> None:
+        """Hold no state from now on; after an exception there may be callbacks that still save it."""
+        if not self.trainer.interrupted:
+            self.module.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.clear())
 
 
 def _peft_folder(checkpoint: Any) -> Path:

@@ -110,4 +110,4 @@ class LoRA(ModelTransform):
 
         super().setup(trainer, pl_module, stage)
         keep_adapter_dtype(trainer)
-        attach_adapter_checkpoint(trainer, pl_module)
+        attach_adapter_checkpoint(trainer, pl_module, type(self).__name__)

@@ -110,7 +110,7 @@ class QLoRA(ModelTransform):
 
         super().setup(trainer, pl_module, stage)
         keep_adapter_dtype(trainer)
-        attach_adapter_checkpoint(trainer, pl_module)
+        attach_adapter_checkpoint(trainer, pl_module, type(self).__name__)
 
     def loading_config(self) -> Any:
         """Return what to pass as ``from_pretrained(..., quantization_config=...)`` to quantize while loading."""

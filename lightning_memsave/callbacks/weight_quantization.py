@@ -103,7 +103,7 @@ class WeightQuantization(ModelTransform):
 
         super().setup(trainer, pl_module, stage)
         need_trainable(trainer, pl_module, stage, type(self).__name__)
-        attach_adapter_checkpoint(trainer, pl_module)
+        attach_adapter_checkpoint(trainer, pl_module, type(self).__name__)
 
     def loading_config(self) -> Any:
         """Return what to pass as ``from_pretrained(..., quantization_config=...)`` to quantize while loading."""

@@ -314,8 +314,8 @@ def test_spawned_training_without_checkpoints_is_refused() -> None:
 
     trainer = make_trainer(strategy="ddp_spawn", devices=2)
     trainer.state.fn = pl.trainer.states.TrainerFn.FITTING
-    with pytest.raises(ConfigurationError, match="no checkpoint is written, so the adapters would be lost"):
-        attach_adapter_checkpoint(trainer, LitLM())
+    with pytest.raises(ConfigurationError, match="QLoRA: .* no checkpoint is written, so what was trained would be lost"):
+        attach_adapter_checkpoint(trainer, LitLM(), "QLoRA")
 
 
 def test_spawned_training_says_where_the_adapters_are() -> None:
@@ -323,8 +323,8 @@ def test_spawned_training_says_where_the_adapters_are() -> None:
 
     trainer = make_trainer(strategy="ddp_spawn", devices=2, enable_checkpointing=True)
     trainer.state.fn = pl.trainer.states.TrainerFn.FITTING
-    with pytest.warns(UserWarning, match="Read the adapters from the checkpoint \\(load_adapters\\)"):
-        attach_adapter_checkpoint(trainer, LitLM())
+    with pytest.warns(UserWarning, match="Read what was trained from the checkpoint \\(load_adapters\\)"):
+        attach_adapter_checkpoint(trainer, LitLM(), "QLoRA")
 
 
 def test_deepspeed_is_told_to_leave_frozen_parameters_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -335,7 +335,7 @@ def test_deepspeed_is_told_to_leave_frozen_parameters_out(caplog: pytest.LogCapt
 
     trainer, module = make_trainer(), LitLM()
     strategy = trainer._accelerator_connector.strategy = DeepSpeedStrategy("cpu")
-    attach_adapter_checkpoint(trainer, module)
+    attach_adapter_checkpoint(trainer, module, "QLoRA")
     assert strategy.exclude_frozen_parameters is True
     assert module.strict_loading is False
     assert "DeepSpeed leaves frozen parameters out of its checkpoints" in caplog.text

@@ -9,7 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import LitLM, make_loader, make_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from lightning_memsave import apply, load_adapters
+from lightning_memsave.planner.compatibility import cell
 
 from .batches import loader
 from .harness import assert_same_state, trainer_for
@@ -100,13 +104,47 @@ def test_exact_methods_on_a_module_that_shards_itself(ranks: Callable[..., list[
         assert_same_state(saved[1], plain[1])
 
 
-@pytest.mark.slow
-def test_ddp_spawn_pickles_the_callbacks_and_brings_the_weights_back() -> None:
-    def train(callbacks: list[Any]) -> LitLM:
-        module = LitLM(width=32)
-        torch.manual_seed(1)
-        make_trainer(pl, strategy="ddp_spawn", devices=2, callbacks=callbacks).fit(module, make_loader(batch_size=4))
-        return module
+# Forked processes take 2 s and spawned ones 20 s; only those pickle the callbacks.
+SPAWNING = ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)]
 
+
+def _train_two(strategy: str, callbacks: list[Any], **options: Any) -> LitLM:
+    module = LitLM()
+    torch.manual_seed(1)
+    trainer = make_trainer(pl, strategy=strategy, devices=2, callbacks=callbacks, **options)
+    trainer.fit(module, make_loader(batch_size=4))
+    return module
+
+
+def _trained_in_launched_processes(rank: int, name: str) -> dict[str, Tensor]:
+    return _train_two("ddp", [make(name, "language")]).state_dict()
+
+
+@pytest.mark.parametrize("strategy", SPAWNING)
+def test_ddp_spawn_brings_the_weights_of_exact_methods_back(strategy: str) -> None:
     callbacks = [make(name, "language") for name in EXACT_UNDER_DDP]
-    assert_same_state(train(callbacks).state_dict(), train([]).state_dict())
+    assert_same_state(_train_two(strategy, callbacks).state_dict(), _train_two(strategy, []).state_dict())
+
+
+@pytest.mark.parametrize("strategy", SPAWNING)
+@pytest.mark.parametrize("name", [name for name in OTHERS if cell(name, "ddp_spawn")[0] == "yes"])
+def test_ddp_spawn_trains_as_ddp_does_and_brings_the_weights_back(
+    name: str, strategy: str, ranks: Callable[..., list[dict[str, Tensor]]]
+) -> None:
+    module = _train_two(strategy, [make(name, "language")])
+    assert_same_state(module.state_dict(), ranks(_trained_in_launched_processes, name)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*Read what was trained from the checkpoint.*")
+@pytest.mark.parametrize("strategy", SPAWNING)
+@pytest.mark.parametrize("name", [name for name in OTHERS if cell(name, "ddp_spawn")[0] == "partly"])
+def test_what_changes_the_base_is_read_from_the_checkpoint_after_ddp_spawn(
+    name: str, strategy: str, ranks: Callable[..., list[dict[str, Tensor]]]
+) -> None:
+    callbacks = [make(name, "language"), ModelCheckpoint("c", filename="c")]
+    left = _train_two(strategy, callbacks, enable_checkpointing=True)
+    assert_same_state(left.state_dict(), LitLM().state_dict())
+    module = LitLM()
+    apply(module, [make(name, "language")])
+    load_adapters(module, "c/c.ckpt")
+    assert_same_state(module.state_dict(), ranks(_trained_in_launched_processes, name)[0])
