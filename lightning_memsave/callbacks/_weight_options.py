@@ -58,7 +58,7 @@ def pattern_problems(name: str, value: Any, *, auto: bool = False) -> list[str]:
     return []
 
 
-def adapter_problems(rank: Any, alpha: Any, dropout: Any, modules: Any, train: Any) -> list[str]:
+def adapter_problems(rank: Any, alpha: Any, dropout: Any, modules: Any, train: Any, frozen_dtype: Any) -> list[str]:
     """Return what is wrong with the arguments that LoRA and QLoRA share."""
     problems = []
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -67,7 +67,8 @@ def adapter_problems(rank: Any, alpha: Any, dropout: Any, modules: Any, train: A
         problems.append(f"alpha={alpha!r} must be a positive number, or None for 2 * rank.")
     if not (isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout < 1):
         problems.append(f"dropout={dropout!r} must be a probability: at least 0, below 1.")
-    return problems + pattern_problems("modules", modules, auto=True) + pattern_problems("train", train)
+    problems += pattern_problems("modules", modules, auto=True) + pattern_problems("train", train)
+    return problems + choice_problems("frozen_dtype", frozen_dtype, ("bf16", "fp16", None))
 
 
 def _as_tuple(patterns: Patterns) -> tuple[str, ...]:

@@ -83,9 +83,8 @@ class LoRA(ModelTransform):
         adapter_dtype: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         super().__init__()
-        problems = adapter_problems(rank, alpha, dropout, modules, train)
+        problems = adapter_problems(rank, alpha, dropout, modules, train, frozen_dtype)
         problems += choice_problems("variant", variant, VARIANTS)
-        problems += choice_problems("frozen_dtype", frozen_dtype, ("bf16", "fp16", None))
         problems += choice_problems("adapter_dtype", adapter_dtype, ("fp32", "bf16"))
         raise_problems(type(self).__name__, problems)
         self.rank = rank

@@ -12,7 +12,6 @@ from lightning_memsave.callbacks._adapter_precision import keep_adapter_dtype
 from lightning_memsave.callbacks._weight_options import (
     adapter_problems,
     adapter_settings,
-    choice_problems,
     kind_problems,
     quantization_settings,
 )
@@ -85,8 +84,7 @@ class QLoRA(ModelTransform):
         frozen_dtype: Literal["bf16", "fp16"] | None = None,
     ) -> None:
         super().__init__()
-        problems = adapter_problems(rank, alpha, dropout, modules, train) + kind_problems(kind)
-        problems += choice_problems("frozen_dtype", frozen_dtype, ("bf16", "fp16", None))
+        problems = adapter_problems(rank, alpha, dropout, modules, train, frozen_dtype) + kind_problems(kind)
         raise_problems(type(self).__name__, problems)
         self.rank = rank
         self.alpha = alpha
