@@ -117,8 +117,8 @@ METHOD_CONDITIONS: dict[tuple[str, str], str] = {
     ("LoRA", "ddp_spawn"): _STAYS_IN_WORKER,
     ("QLoRA", "ddp_spawn"): _STAYS_IN_WORKER,
     ("LowMemoryOptimizer", "fsdp2"): (
-        "steps on the shards of a rank, so names that read whole matrices (adafactor) are refused: use adamw_8bit, "
-        "another name of bitsandbytes or torch.optim.AdamW"
+        "the names of bitsandbytes step on the shards of each rank; those that step on whole tensors (adafactor) are "
+        "refused: use adamw_8bit or torch.optim.AdamW"
     ),
     ("OptimizerOffload", "fsdp2"): (
         "when='evaluation' only: for the step, FSDP2 keeps shards, gradients and state on the host itself "
