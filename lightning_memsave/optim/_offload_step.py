@@ -154,6 +154,8 @@ class HostStep:
         """End a step whose parts may have come in several calls of ``step``."""
         parts, self._parts = self._parts, []
         commit(self.optimizer, parts)
+        if self._disk is not None:
+            self._disk.trim()
         if self.boundary is not None:
             self.boundary.finish()
 

@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_memsave.errors import ConfigurationError
+from lightning_memsave.memory.heap_trim import heap_release
 from lightning_memsave.optim._offload_boundary import view_like
-from lightning_memsave.units import format_bytes
+from lightning_memsave.units import MIB, format_bytes
 
 __all__ = ["MIN_FILE_BYTES", "DiskState", "directory_problems", "disk_free_bytes", "is_in_memory"]
 
 MIN_FILE_BYTES = mmap.PAGESIZE  # a smaller tensor would take a page of memory and a file for nothing
-_ZEROS = 2**22
+_TRIM_BYTES = 32 * MIB  # of freed memory, at most, that the heap keeps while state moves into files
+_ZEROS = 4 * MIB
 
 
 class DiskState:
@@ -41,6 +43,8 @@ class DiskState:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._mappings = WeakTensorKeyDictionary()
+        self._moved = 0  # bytes that were in memory first, since the heap was last asked for them
+        self._free_heap = heap_release()
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +70,12 @@ class DiskState:
             state[:] = [self.keep(value) for value in state]
         return state
 
+    def trim(self) -> None:
+        """Give the system the memory in which tensors were before they came into files."""
+        if self._moved and self._free_heap is not None:
+            self._free_heap()
+        self._moved = 0
+
     def release(self) -> None:
         """Drop the pages of all files from this process, e.g. after a checkpoint has read them."""
         for tensor in list(self._mappings):
@@ -81,6 +91,9 @@ class DiskState:
         self._mappings[kept] = kept.nbytes
         kept.copy_(tensor.detach())
         _drop_pages(kept)
+        self._moved += kept.nbytes
+        if self._moved > _TRIM_BYTES:
+            self.trim()
         return kept
 
     def _map(self, num_bytes: int) -> Tensor:
