@@ -31,7 +31,8 @@ class TiledCompute(ModelTransform):
     **Numerics** are those of the module up to the order in which tiles of a weight's gradient are added. Dropout draws
     a mask for each tile, so single values differ from an untiled run; the recompute repeats them.
     **Does not combine with** modules that mix positions (attention, convolutions, batch norm), that take or return
-    several tensors: they are refused, by a probe at their first long input. Under ``create_graph=True`` nothing is saved.
+    several tensors: they are refused, by a probe at their first long input. Under ``create_graph=True`` nothing is
+    saved.
 
     Args:
         modules: Globs over qualified module names, or class names; of nested matches the outermost is taken.

@@ -12,7 +12,7 @@ import lightning_memsave
 
 SURFACE = {
     "ActivationCheckpointing": ["modules", "policy", "every_n", "budget"],
-    "ActivationOffloading": ["modules", "device", "host_budget"],
+    "ActivationOffloading": ["modules", "device", "host_budget", "min_bytes"],
     "AdapterCheckpoint": ["export_peft"],
     "AllocatorSettings": [
         "expandable_segments",

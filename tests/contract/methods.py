@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -51,6 +52,8 @@ def make(name: str, kind: str) -> Any:
         arguments["modules"] = list(KINDS[kind].layers or KINDS[kind].blocks)
     elif name == "ActivationCheckpointing":
         arguments["modules"] = list(KINDS[kind].blocks)
+    elif name == "ActivationOffloading":
+        arguments = {"modules": list(KINDS[kind].blocks), "device": tempfile.gettempdir(), "min_bytes": 1}
     return getattr(lightning_memsave, name)(**arguments)
 
 
