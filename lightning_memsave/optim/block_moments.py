@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_memsave.optim.rounding import hashed
+
 __all__ = ["MOMENT_BLOCK", "decode_first", "decode_second", "encode_first", "encode_second", "moment_bytes"]
 
 MOMENT_BLOCK = 256  # values that share one fp32 scale
@@ -75,7 +77,5 @@ def encode_second(root: Tensor, levels: Tensor, scales: Tensor, step: int) -> No
 
 def _chance(values: Tensor, step: int) -> Tensor:
     """Return a number from [0, 1) for every fp32 value: a hash of its bit pattern and the step."""
-    salt = (step * 0x85EBCA6B) & 0x7FFFFFFF
-    mixed = values.view(torch.int32).mul(-1640531535).add_(salt)
-    mixed.bitwise_xor_(mixed >> 15).mul_(-2048144777).bitwise_and_(0x7FFFFF00)
-    return mixed.float().mul_(2.0**-31)
+    # of 31 bits the upper 23, which fp32 holds
+    return hashed(values, step).bitwise_and_(0x7FFFFF00).float().mul_(2.0**-31)

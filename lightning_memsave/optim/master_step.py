@@ -128,6 +128,7 @@ class MasterStep:
             optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
 
     def _step(self) -> None:
+        self.masters.advance()
         groups = self.optimizer.param_groups
         found = [
             ((g, i), p)

@@ -12,7 +12,7 @@ kahan        bf16 compensation          4                            is kept to 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ class Masters(Protocol):
     def draw(self, weight: Tensor) -> Tensor | None:
         """Return a rest for a weight whose fp32 values are not known: somewhere in its rounding cell."""
 
+    def advance(self) -> None:
+        """Begin a step of an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what chance depends on, so that a resumed run rounds as the uninterrupted one does."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+
 
 class Stochastic:
     """Round by chance; see ``round_stochastic_into``."""
@@ -68,6 +77,17 @@ class Stochastic:
         """Return nothing: nothing is kept."""
         return None
 
+    def advance(self) -> None:
+        """Do nothing: the generators count."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the generators."""
+        return self.rounder.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the generators."""
+        self.rounder.load_state_dict(state_dict)
+
 
 class Split:
     """Keep an integer correction; see ``split_weights``."""
@@ -76,6 +96,7 @@ class Split:
 
     def __init__(self, dtype: torch.dtype = torch.int8) -> None:
         self.dtype: torch.dtype | None = dtype
+        self.step = 0  # of the optimizers; before the first one values are rounded to the nearest
         self._generator = torch.Generator().manual_seed(_SEED)
 
     def read(self, weight: Tensor, rest: Tensor | None) -> Tensor:
@@ -86,12 +107,24 @@ class Split:
     def write(self, values: Tensor, weight: Tensor, rest: Tensor | None) -> None:
         """Split."""
         assert rest is not None
-        split_into(values, weight, rest)
+        split_into(values, weight, rest, self.step or None)
 
     def draw(self, weight: Tensor) -> Tensor | None:
         """Return corrections drawn uniformly."""
         assert self.dtype is not None
         return draw_correction(weight, self.dtype, self._generator)
+
+    def advance(self) -> None:
+        """Count: chance is a hash of values and steps."""
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of steps."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the count of steps."""
+        self.step = state_dict.get("step", self.step)
 
 
 class Kahan:
@@ -120,6 +153,16 @@ class Kahan:
         for w, c, out in _blocks(weight, drawn, rest):
             out.copy_(join(w, c) - w.float())
         return rest
+
+    def advance(self) -> None:
+        """Do nothing: nothing is left to chance."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
 
 
 def make_masters(way: str, correction: torch.dtype) -> Masters:

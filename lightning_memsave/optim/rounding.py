@@ -1,11 +1,11 @@
-"""Write fp32 values into bf16 tensors by stochastic rounding, or with a compensation (Kahan)."""
+"""Write fp32 values into narrower tensors by chance, or with a compensation (Kahan)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rounder", "compensate_into", "round_stochastic_into"]
+__all__ = ["Rounder", "compensate_into", "hashed", "round_stochastic_into"]
 
 _SEED = 0x6D656D  # the same on every rank: replicas must round alike
 
@@ -43,6 +43,16 @@ def _random_bits(like: Tensor, generator: torch.Generator) -> Tensor:
     draws.random_(-(2**63), None, generator=generator)
     bits = draws.view(torch.int16)[: like.numel()].to(torch.int32).add_(32768)
     return bits.view(like.shape)
+
+
+def hashed(values: Tensor, step: int) -> Tensor:
+    """Return int32 values from 0 to 2 ** 31 - 1: a hash of the bit pattern of each fp32 value and of the step.
+
+    For rounding by chance without a generator: the low bits of a computed value are as good as random, and the same
+    values give the same bits after a resume and on every rank.
+    """
+    mixed = values.view(torch.int32).mul(-1640531535).add_((step * 0x85EBCA6B) & 0x7FFFFFFF)
+    return mixed.bitwise_xor_(mixed >> 15).mul_(-2048144777).bitwise_and_(0x7FFFFFFF)
 
 
 def compensate_into(values: Tensor, weight: Tensor, compensation: Tensor) -> None:

@@ -193,7 +193,7 @@ def _step_narrow(p: Tensor, gradient: Tensor, state: Mapping[str, Tensor], rule:
     encode_second(root, roots, state["second_scale"], rule.step)
     weights = join(p, state[CORRECTION_KEY]).mul_(rule.decay).view(blocks)
     weights.addcdiv_(first, root.mul_(rule.root_factor).add_(rule.group["eps"]), value=-rule.step_size)
-    split_into(weights.view(-1), p, state[CORRECTION_KEY])
+    split_into(weights.view(-1), p, state[CORRECTION_KEY], rule.step)
 
 
 def _step_wide(p: Tensor, gradient: Tensor, state: Mapping[str, Tensor], rule: _Rule) -> None:
@@ -202,7 +202,7 @@ def _step_wide(p: Tensor, gradient: Tensor, state: Mapping[str, Tensor], rule: _
     second.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
     weights = join(p, state[CORRECTION_KEY])
     apply_adamw(weights, first, second, rule.step, rule.lr, rule.group)
-    split_into(weights, p, state[CORRECTION_KEY])
+    split_into(weights, p, state[CORRECTION_KEY], rule.step)
 
 
 def _pieces(p: Tensor) -> Iterator[tuple[int, int]]:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_memsave.optim.rounding import hashed
+
 __all__ = [
     "BLOCK",
     "CORRECTIONS",
@@ -39,7 +41,8 @@ __all__ = [
 CORRECTIONS: dict[str, torch.dtype] = {"int8": torch.int8, "int16": torch.int16}
 BLOCK = 2**18  # values that are held in fp32 at a time when a whole tensor is split or joined
 
-_STEP = 257  # 127 * 257 = 32639: the largest multiple below 2 ** 15, so that no correction reaches the next weight
+_STEP = 257
+_LARGEST = 127 * _STEP  # 32639: below 2 ** 15, so that no correction reaches the next weight
 _ATTRIBUTE = "_memsave_correction"
 
 
@@ -61,9 +64,9 @@ def split(values: Tensor, correction: torch.dtype = torch.int8) -> tuple[Tensor,
     if not values.is_contiguous():
         split_into(values, weight, rest)
         return weight, rest
-    flat = (values.reshape(-1), weight.view(-1), rest.view(-1))
     for start in range(0, values.numel(), BLOCK):
-        split_into(*(t[start : start + BLOCK] for t in flat))
+        part = slice(start, start + BLOCK)
+        split_into(values.view(-1)[part], weight.view(-1)[part], rest.view(-1)[part])
     return weight, rest
 
 
@@ -88,13 +91,25 @@ def join_into(weight: Tensor, correction: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def split_into(values: Tensor, weight: Tensor, correction: Tensor) -> None:
-    """Write the split of fp32 values into a bf16 and an ``int8`` or ``int16`` tensor, in place."""
+def split_into(values: Tensor, weight: Tensor, correction: Tensor, step: int | None = None) -> None:
+    """Write the split of fp32 values into a bf16 and an ``int8`` or ``int16`` tensor, in place.
+
+    Args:
+        values: fp32.
+        weight: bf16.
+        correction: Of the same shape.
+        step: ``None`` rounds an int8 correction to the nearest. A number rounds it by chance (see ``hashed``), within
+            256 steps of the pattern: in training, updates below half a step (1.5e-5) would be lost every time.
+
+    """
     weight.copy_(values)
     rest = values.view(torch.int32) - weight.float().view(torch.int32)
     if correction.dtype == torch.int8:
-        # 255 / 65536 = 1 / 257 to 1.5e-5: an integer division by 257 that rounds to the nearest
-        rest = rest.mul_(255).add_(32768).bitwise_right_shift_(16).clamp_(-127, 127)
+        # 65281 / 2 ** 24 = 1 / 257 to 6e-8: a division that gives c for c * 257, whatever is added from 128 to
+        # 2 ** 24 - 128, and stays within 32 bits.
+        rest = rest.clamp_(-_LARGEST, _LARGEST).mul_(65281)
+        rest = rest.add_(2**23) if step is None else rest.add_(hashed(values, step).bitwise_and_(0xFFFF00)).add_(128)
+        rest = rest.bitwise_right_shift_(24)
     else:
         rest = rest.clamp_(-32768, 32767)
     correction.copy_(rest)

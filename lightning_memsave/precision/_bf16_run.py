@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_memsave.callbacks._session import hook_instance
 from lightning_memsave.errors import raise_problems
 from lightning_memsave.optim.master_step import MasterStep, step_problems
-from lightning_memsave.optim.master_weights import Stochastic, first_write, joined_on_host, make_masters
+from lightning_memsave.optim.master_weights import first_write, joined_on_host, make_masters
 from lightning_memsave.optim.split_master import SplitMasterAdamW
 from lightning_memsave.optim.split_weights import attach_correction, correction_of
 from lightning_memsave.transforms.bf16 import Cast, cast_to_bf16
@@ -133,13 +133,12 @@ class BF16Run:
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the random numbers."""
-        return self.masters.rounder.state_dict() if isinstance(self.masters, Stochastic) else {}
+        """Return what rounding by chance depends on."""
+        return self.masters.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the random numbers of a checkpoint."""
-        if isinstance(self.masters, Stochastic):
-            self.masters.rounder.load_state_dict(state_dict)
+        """Round as the run of a checkpoint would have gone on."""
+        self.masters.load_state_dict(state_dict)
 
     def close(self) -> None:
         """Take the hooks off the optimizers; each rest stays with its parameter. A second call does nothing."""
