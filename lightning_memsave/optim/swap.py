@@ -12,13 +12,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memsave._match import Patterns, as_patterns, match_modules
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError, raise_problems
 from lightning_memsave.optim._notes import rule_notes, size_notes, swapped_state_bytes
+from lightning_memsave.optim._rebind import rebind
 from lightning_memsave.optim._refusals import refusals, sparse_problems
 from lightning_memsave.optim.local_shards import step_on_local_shards
 from lightning_memsave.optim.registry import OptimizerRow, family_of, group_options
@@ -71,26 +72,6 @@ class _Swap:
             return type(value)(self.exchange(item) for item in value)
         return value
 
-    def rebind(self, value: Any, seen: set[int]) -> None:
-        """Point everything reachable from a scheduler to the new optimizers."""
-        if id(value) in seen or isinstance(value, (Optimizer, Tensor, nn.Module, str, bytes, int, float, type)):
-            return
-        seen.add(id(value))
-        if isinstance(value, dict):
-            for key, item in value.items():
-                if id(item) in self.done and isinstance(item, Optimizer):
-                    value[key] = self.done[id(item)].new
-                else:
-                    self.rebind(item, seen)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                if isinstance(value, list) and id(item) in self.done and isinstance(item, Optimizer):
-                    value[index] = self.done[id(item)].new
-                else:
-                    self.rebind(item, seen)
-        elif hasattr(value, "step") and hasattr(value, "__dict__"):  # a scheduler, whatever its class
-            self.rebind(value.__dict__, seen)
-
 
 def swap_optimizers(
     configured: Any,
@@ -125,7 +106,8 @@ def swap_optimizers(
             "it. Return one, e.g. torch.optim.AdamW(self.parameters(), lr=1e-4)."
         )
     raise_problems(SUBJECT, sparse_problems(module, [swapped.old for swapped in run.done.values()], row))
-    run.rebind(replaced, set())
+    new = {old: swapped.new for old, swapped in run.done.items()}
+    rebind(replaced, new)
     owned = {
         k: v for k, v in module.__dict__.items() if not k.startswith("_") and isinstance(v, (Optimizer, list, dict))
     }
@@ -133,7 +115,7 @@ def swap_optimizers(
         if id(value) in run.done and isinstance(value, Optimizer):
             setattr(module, name, run.done[id(value)].new)
         elif not isinstance(value, Optimizer):
-            run.rebind(value, set())
+            rebind(value, new)
     unread = keep_32bit and keep_32bit != "auto" and row.bits == 32 and row.reaches is None
     note = (f"keep_32bit has no effect: all state of {row.name} is 32-bit",) if unread else ()
     return replaced, [replace(swapped, notes=(*swapped.notes, *note)) for swapped in run.done.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -244,6 +245,82 @@ def test_nothing_of_a_scheduler_points_to_the_old_optimizer(kind) -> None:
     (new,), _ = swap(([old], [scheduler]), nn.Module())[0]
     assert scheduler.optimizer is new
     assert not _reaches(scheduler, old)
+
+
+class Follow:
+    """A schedule that reads the optimizer it was given."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def __call__(self, step: int) -> float:
+        return _weight_decay(self.optimizer, step)
+
+    def method(self, step: int) -> float:
+        return _weight_decay(self.optimizer, step)
+
+
+def _weight_decay(optimizer: Any, step: int) -> float:
+    return optimizer.param_groups[0]["weight_decay"] / (step + 1)
+
+
+def _closure(optimizer: Any) -> Any:
+    def inner(step: int) -> float:
+        return _weight_decay(optimizer, step)
+
+    return lambda step: inner(step)
+
+
+SCHEDULES = {
+    "closure": _closure,
+    "closure over a tuple": lambda o: (lambda pair: lambda step: _weight_decay(pair[0], step))((o, "x")),
+    "closure over a list": lambda o: (lambda pair: lambda step: _weight_decay(pair[0], step))([o]),
+    "default": lambda o: lambda step, o=o: _weight_decay(o, step),
+    "keyword default": lambda o: lambda step, *, o=o: _weight_decay(o, step),
+    "partial": lambda o: functools.partial(_weight_decay, o),
+    "partial by name": lambda o: functools.partial(lambda step, o: _weight_decay(o, step), o=o),
+    "partial of a closure": lambda o: functools.partial(_closure(o)),
+    "callable": Follow,
+    "method": lambda o: Follow(o).method,
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_that_holds_the_old_optimizer_reads_the_new_one(kind) -> None:
+    old = adamw(nn.Linear(8, 8))
+    scheduler = LambdaLR(old, SCHEDULES[kind](old))
+    (new,), _ = swap(([old], [scheduler]), nn.Module())[0]
+    new.step()
+    new.param_groups[0]["weight_decay"] = 0.5  # what the user's code changes later
+    scheduler.step()
+    assert new.param_groups[0]["lr"] == 1e-3 * 0.5 / 2
+
+
+class Scheduled(torch.optim.SGD):
+    """Brings its own schedule."""
+
+    def schedule(self, step: int) -> float:
+        return 0.5**step
+
+
+def test_a_schedule_that_is_a_method_of_the_old_optimizer_is_refused() -> None:
+    old = Scheduled([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"calls Scheduled\.schedule .* replaced by AdamW8bit"):
+        swap(([old], [LambdaLR(old, old.schedule)]), nn.Module())
+
+
+def test_a_variable_that_was_never_set_is_left_alone() -> None:
+    old = adamw(nn.Linear(8, 8))
+
+    def schedule(step: int) -> float:
+        return 1.0 if step < 10 else later
+
+    scheduler = LambdaLR(old, schedule)
+    swap(([old], [scheduler]), nn.Module())
+    with pytest.raises(NameError, match="later"):
+        schedule(10)
+    later = 0.5
+    assert schedule(10) == later
 
 
 def _reaches(value: Any, target: Any, seen: set[int] | None = None) -> bool:
