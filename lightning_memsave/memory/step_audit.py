@@ -33,8 +33,9 @@ class _Watched:
 
     def stepped(self) -> None:
         self.steps += 1
+        elsewhere = getattr(self.optimizer, "_memsave_stepped", ())  # their gradients were on the host, and are freed
         for parameter in _parameters(self.optimizer):
-            if parameter.grad is not None:
+            if parameter.grad is not None or id(parameter) in elsewhere:
                 self.seen.add(id(parameter))
                 self.missing.pop(id(parameter), None)
             elif parameter.requires_grad and id(parameter) not in self.seen:

@@ -16,6 +16,7 @@ from lightning_memsave.errors import ConfigurationError
 from lightning_memsave.optim._offload_boundary import Boundary, Slot, room_for
 from lightning_memsave.optim._offload_twin import SUBJECT, Position, Stepped, commit, step_on
 from lightning_memsave.optim.disk_state import DiskState
+from lightning_memsave.optim.local_shards import standing_for
 from lightning_memsave.units import MIB
 
 __all__ = ["BUCKET_BYTES", "MASTER", "HostStep", "Installed", "cut", "needs_master", "slot_needs", "staged_sizes"]
@@ -206,7 +207,8 @@ class HostStep:
         masters = {at: state.pop(MASTER) for at, state in states.items() if MASTER in state}
         fuse = self.boundary is not None and self.boundary.fuses
         try:
-            stepped = step_on(self.optimizer, shadows, states, fuse=fuse)
+            with standing_for((shadows[at], p) for at, p in bucket):  # some know their parameters by identity
+                stepped = step_on(self.optimizer, shadows, states, fuse=fuse)
             self._parts.append(stepped)
             states = stepped.states
         finally:

@@ -7,7 +7,7 @@ see what they always see, and the state belongs to them. It is the plain state o
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_memsave.optim._shard_blocks import BlockState
 from lightning_memsave.optim._shard_checkpoint import local_part, local_state, sharded_state
 
-__all__ = ["BlockState", "local_part", "shard_of", "step_on_local_shards", "whole"]
+__all__ = ["BlockState", "local_part", "shard_of", "standing_for", "step_on_local_shards", "whole"]
 
 _WHOLE = "_memsave_whole"
 
@@ -32,6 +32,19 @@ def whole(tensor: Tensor) -> Tensor:
     """
     result: Tensor = getattr(tensor, _WHOLE, tensor)
     return result
+
+
+@contextmanager
+def standing_for(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let ``whole`` return the second tensor of each pair for the first one meanwhile."""
+    marked = [(tensor, p) for tensor, p in pairs if tensor is not p]
+    for tensor, p in marked:
+        setattr(tensor, _WHOLE, whole(p))
+    try:
+        yield
+    finally:
+        for tensor, _ in marked:
+            delattr(tensor, _WHOLE)  # a tensor with attributes is not saved as plain data
 
 
 def shard_of(p: Tensor) -> Tensor:

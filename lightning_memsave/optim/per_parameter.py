@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memsave.errors import CheckpointMismatchError, ConfigurationError
+from lightning_memsave.optim.local_shards import whole
 
 __all__ = ["PerParameterOptimizer", "block_values", "compute_dtype", "flat_blocks"]
 
@@ -67,7 +68,7 @@ class PerParameterOptimizer(Optimizer):
 
     def keeps_32bit(self, p: Tensor) -> bool:
         """Return whether a parameter was named to be stepped by plain AdamW."""
-        return id(p) in self._kept
+        return id(whole(p)) in self._kept
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
