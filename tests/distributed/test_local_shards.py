@@ -17,7 +17,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_memsave import ActivationCheckpointing, EarlyZeroGrad, GradientRelease, LowMemoryOptimizer
+from lightning_memsave import (
+    ActivationCheckpointing,
+    EarlyZeroGrad,
+    GradientRelease,
+    LowMemoryOptimizer,
+    MemoryAudit,
+    MemoryProfiler,
+    OptimizerOffload,
+    last_report,
+)
 from lightning_memsave.errors import CheckpointMismatchError
 from lightning_memsave.optim.local_shards import local_part
 from lightning_memsave.optim.registry import OPTIMIZERS
@@ -57,7 +66,7 @@ def train(
     module: LitLM | None = None,
     ckpt_path: Any = None,
     save: Any = None,
-    devices: int | None = None,
+    validate: bool = False,
     **options: Any,
 ) -> Result:
     warnings.simplefilter("ignore")
@@ -65,11 +74,12 @@ def train(
     trainer = make_trainer(
         callbacks=[*callbacks, LowMemoryOptimizer(name)] if name else [*callbacks],
         strategy=strategy,
-        devices=devices or (1 if strategy == "auto" else dist.get_world_size()),
+        devices=1 if strategy == "auto" else dist.get_world_size(),
         use_distributed_sampler=False,
         **{"max_epochs": 2, **options},
     )
-    trainer.fit(module, make_loader(vocabulary=module.network.get("vocabulary", 64)), ckpt_path=ckpt_path)
+    loader = make_loader(vocabulary=module.network.get("vocabulary", 64))
+    trainer.fit(module, loader, loader if validate else None, ckpt_path=ckpt_path)
     if save:
         trainer.save_checkpoint(save)
     return {
@@ -306,17 +316,53 @@ def test_clipping_schedules_and_groups_work_on_shards(ranks, tmp_path) -> None:
 
 
 def _together(rank: int) -> list[Result]:
-    savers = ([], [ActivationCheckpointing(), EarlyZeroGrad()], [GradientRelease()])
-    return [train(name, *some, strategy=fsdp2()) for name in ("adamw_8bit", "lion") for some in savers]
+    savers = (
+        [],
+        [ActivationCheckpointing(), EarlyZeroGrad()],
+        [GradientRelease()],
+        [OptimizerOffload(when="evaluation")],
+    )
+    return [train(name, *some, strategy=fsdp2(), validate=True) for name in ("adamw_8bit", "lion") for some in savers]
 
 
-def test_checkpointing_early_zero_grad_and_gradient_release_change_nothing(ranks) -> None:
+def test_other_savers_of_gradients_activations_and_state_change_nothing(ranks) -> None:
     for results in ranks(_together):
-        for plain, *others in (results[:3], results[3:]):
+        for plain, *others in (results[:4], results[4:]):
             for other in others:
                 assert other["losses"] == plain["losses"]
                 assert differing(other["weights"], plain["weights"]) == []
                 assert other["held"] == plain["bytes"]
+
+
+def _measured(rank: int) -> tuple[Result, int]:
+    result = train("adamw_8bit", MemoryProfiler(), MemoryAudit(), EarlyZeroGrad(), strategy=fsdp2())
+    return result, last_report().by_category["optimizer_state"]
+
+
+def test_the_profiler_counts_the_state_of_the_shards(ranks) -> None:
+    for result, state_bytes in ranks(_measured):
+        assert state_bytes == result["held"] == result["bytes"]
+
+
+def _halves(rank: int, folder: str) -> dict[str, Result]:
+    results = {}
+    for kind in (True, False):
+        options = {"strategy": fsdp2(kind), "precision": "bf16-true"}
+        results[f"{kind}"] = train("adamw_8bit", **options)
+        train("adamw_8bit", **options | {"strategy": fsdp2(kind)}, max_epochs=1, save=f"{folder}/{kind}")
+        dist.barrier()
+        resumed = train("adamw_8bit", **options | {"strategy": fsdp2(kind)}, ckpt_path=f"{folder}/{kind}")
+        results[f"{kind} resumed"] = resumed
+    return results
+
+
+def test_scales_of_bf16_weights_are_not_rounded_by_a_resume(ranks, tmp_path) -> None:
+    for results in ranks(_halves, str(tmp_path)):
+        for kind in ("True", "False"):
+            assert results[f"{kind} resumed"]["losses"] == results[kind]["losses"][3:]
+            assert differing(results[f"{kind} resumed"]["weights"], results[kind]["weights"]) == []
+            assert results[kind]["weights"]["net.head.weight"].dtype == torch.bfloat16
+            assert results[kind]["held"] == results[kind]["bytes"]
 
 
 OTHERS = [("", "adamw_8bit"), ("lion_8bit", "adamw_8bit"), ("paged_adamw_32bit", "adamw_8bit")]
