@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.activation_offloading import ActivationOffloading as ActivationOffloading
     from lightning_memsave.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from lightning_memsave.callbacks.allocator_settings import AllocatorSettings as AllocatorSettings
+    from lightning_memsave.callbacks.checkpoint_rehearsal import CheckpointRehearsal as CheckpointRehearsal
     from lightning_memsave.callbacks.early_zero_grad import EarlyZeroGrad as EarlyZeroGrad
     from lightning_memsave.callbacks.gradient_release import GradientRelease as GradientRelease
     from lightning_memsave.callbacks.lora import LoRA as LoRA
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.optimizer_offload import OptimizerOffload as OptimizerOffload
     from lightning_memsave.callbacks.presets import preset as preset
     from lightning_memsave.callbacks.qlora import QLoRA as QLoRA
+    from lightning_memsave.callbacks.saved_activation_precision import (
+        SavedActivationPrecision as SavedActivationPrecision,
+    )
     from lightning_memsave.callbacks.tiled_compute import TiledCompute as TiledCompute
     from lightning_memsave.callbacks.weight_quantization import WeightQuantization as WeightQuantization
     from lightning_memsave.errors import CheckpointMismatchError as CheckpointMismatchError
@@ -55,6 +59,7 @@ _EXPORTS = {
     "BF16Precision": "precision.bf16",
     "BlockDDPStrategy": "strategies.block_ddp",
     "CheckpointMismatchError": "errors",
+    "CheckpointRehearsal": "callbacks.checkpoint_rehearsal",
     "ConfigurationError": "errors",
     "EarlyZeroGrad": "callbacks.early_zero_grad",
     "FP8Precision": "precision.fp8",
@@ -72,6 +77,7 @@ _EXPORTS = {
     "OptimizerOffload": "callbacks.optimizer_offload",
     "PeakMemory": "memory.peak_metric",
     "QLoRA": "callbacks.qlora",
+    "SavedActivationPrecision": "callbacks.saved_activation_precision",
     "Stage": "transforms._pass",
     "TiledCompute": "callbacks.tiled_compute",
     "WeightQuantization": "callbacks.weight_quantization",

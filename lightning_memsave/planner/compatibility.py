@@ -33,6 +33,13 @@ UNTESTED_STRATEGIES = ("fsdp1", "deepspeed")
 
 # two methods -> why they cannot run together and what to write instead
 METHOD_PAIRS: dict[frozenset[str], str] = {
+    frozenset({"SavedActivationPrecision", "ActivationCheckpointing"}): (
+        "recomputed blocks keep little but their inputs, and rounded inputs would change the forward that is repeated. "
+        "Keep one of the two."
+    ),
+    frozenset({"SavedActivationPrecision", "ActivationOffloading"}): (
+        "what is offloaded takes no memory on the accelerator. Keep one of the two."
+    ),
     frozenset({"QLoRA", "LoRA"}): "QLoRA already adds adapters. Keep QLoRA(rank=...) and drop LoRA.",
     frozenset({"QLoRA", "WeightQuantization"}): (
         "QLoRA already quantizes the weights. Keep QLoRA(kind=...), or use WeightQuantization together with LoRA."

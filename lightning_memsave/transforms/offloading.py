@@ -19,13 +19,13 @@ from lightning_memsave.optim._offload_boundary import boundary_of
 from lightning_memsave.transforms._offload_store import ActivationStore, DiskStore, HostStore
 from lightning_memsave.transforms._pass import Applied
 from lightning_memsave.transforms._patch import InstanceForward, patch_forward
+from lightning_memsave.transforms._saved_weights import SavedWeights
 from lightning_memsave.transforms.blocks import select_blocks
 from lightning_memsave.units import format_bytes
 
 __all__ = ["BlockOffloader", "describe_store", "offload_blocks", "offloader_of"]
 
 SUBJECT = "ActivationOffloading"
-_SHAPES_ONLY = ("Alias", "Expand", "Permute", "Squeeze", "T", "ToCopy", "Transpose", "Unsqueeze", "View")
 
 
 def offload_blocks(
@@ -129,7 +129,7 @@ class BlockOffloader:
     def block(self, module: nn.Module) -> Iterator[None]:
         """Offload what is saved inside, except the block's own weights and buffers."""
         group = _Group(self._last() if self._last is not None else None)
-        weights = _Weights(module)
+        weights = SavedWeights(module)
         self._forget()
         with saved_tensors_hooks(lambda tensor: self._pack(tensor, group, weights), _unpack):
             yield
@@ -148,7 +148,7 @@ class BlockOffloader:
             if _alive(storage) and away() is not None
         }
 
-    def _pack(self, tensor: Tensor, group: _Group, weights: _Weights) -> Any:
+    def _pack(self, tensor: Tensor, group: _Group, weights: SavedWeights) -> Any:
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
             return tensor
         storage = tensor.untyped_storage()
@@ -176,30 +176,6 @@ class BlockOffloader:
 
 def _alive(storage: StorageWeakRef) -> bool:
     return not storage.expired()  # type: ignore[no-untyped-call]
-
-
-class _Weights:
-    """Recognizes the weights of a block among what it saves: they stay where they are."""
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        self._storages = {t.untyped_storage()._cdata for t in tensors if type(t).__name__ != "DTensor"}
-        # weights cast by autocast or by the layer: another storage of the same shape
-        self._frozen = {
-            frozenset(t.shape) for t in tensors if t.ndim > 1 and not t.requires_grad and t.is_floating_point()
-        }
-
-    def hold(self, tensor: Tensor) -> bool:
-        """Return whether a saved tensor is a weight, a view of one or a cast of one."""
-        if tensor.untyped_storage()._cdata in self._storages:
-            return True
-        if tensor.grad_fn is None:
-            return not tensor.requires_grad and tensor.ndim > 1 and frozenset(tensor.shape) in self._frozen
-        node = tensor.grad_fn
-        while node.name().startswith(_SHAPES_ONLY) and node.next_functions and node.next_functions[0][0] is not None:
-            node = node.next_functions[0][0]
-        variable = getattr(node, "variable", None)
-        return isinstance(variable, nn.Parameter)
 
 
 class _Group:

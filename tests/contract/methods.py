@@ -50,7 +50,7 @@ def make(name: str, kind: str) -> Any:
     arguments = dict(method(name).init_args)
     if name in ("LoRA", "QLoRA", "WeightQuantization"):
         arguments["modules"] = list(KINDS[kind].layers or KINDS[kind].blocks)
-    elif name == "ActivationCheckpointing":
+    elif name in ("ActivationCheckpointing", "SavedActivationPrecision"):
         arguments["modules"] = list(KINDS[kind].blocks)
     elif name == "ActivationOffloading":
         arguments = {"modules": list(KINDS[kind].blocks), "device": tempfile.gettempdir(), "min_bytes": 1}
