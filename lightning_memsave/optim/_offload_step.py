@@ -203,6 +203,9 @@ class HostStep:
     def _update(self, bucket: list[Entry], shadows: Mapping[Position, Tensor]) -> None:
         held = self.optimizer.state
         states = {at: held[p] for at, p in bucket if p in held}
+        if self._disk is not None:
+            for state in states.values():
+                self._disk.fetch(state)
         # out of sight: optimizers take a parameter without any state for a new one
         masters = {at: state.pop(MASTER) for at, state in states.items() if MASTER in state}
         fuse = self.boundary is not None and self.boundary.fuses
