@@ -31,12 +31,12 @@ class LowMemoryOptimizer(Saver):
     and ``apollo_adamw`` two thin matrices of ``rank`` columns, ``paged_adamw_32bit`` 8 that move to the host when the
     accelerator is full. One row each with its formula: the how-to page "Shrink the optimizer".
     **Costs** the conversion of the state, or the products of the rule, in every step. Large tensors are stepped in
-    blocks, without fp32 copies of the largest one (Muon makes five of a matrix; bitsandbytes four on a CPU, left out
-    by slices, in half the time).
+    blocks, without fp32 copies of the largest one (Muon makes three of a matrix; bitsandbytes four on a CPU, left
+    out by slices, in half the time).
     **Numerics** are statistical: AdamW in 8 bits, fp8 and 4 bits follows AdamW, the others are other update rules. The
     state of embeddings and norms, and of tensors below 4096 values, stays fp32 in the narrow ones.
-    **Does not combine with** sharded (DTensor) parameters, for the names that step on whole tensors: ``adafactor`` and
-    those after it in the list below. LBFGS, schedule-free and Prodigy-like optimizers are refused.
+    **Does not combine with** sharded (DTensor) parameters, for the names that step on whole tensors: all but those of
+    bitsandbytes, which step on the shards. LBFGS, schedule-free and Prodigy-like optimizers are refused.
 
     Args:
         name: ``adamw_8bit``, ``paged_adamw_8bit``, ``paged_adamw_32bit``, ``lion_8bit``, ``lion``,
