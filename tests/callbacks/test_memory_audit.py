@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import LitLM, make_loader, make_trainer
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_memsave import (
     ActivationCheckpointing,
@@ -261,7 +262,7 @@ def test_eager_attention_of_transformers_is_named():
 
 def step_hooks() -> int:
     """Hooks on the steps of all optimizers: the audit looks at those that step inside of a backward too."""
-    return len(torch.optim.optimizer._global_optimizer_post_hooks)
+    return len(_global_optimizer_post_hooks)
 
 
 def test_hooks_are_gone_after_the_audit_and_a_second_fit_audits_again():
