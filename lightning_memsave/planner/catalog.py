@@ -100,6 +100,15 @@ CATALOG: tuple[Method, ...] = (
         source="Bekman et al. 2025, https://arxiv.org/abs/2506.13996",
     ),
     Method(
+        name="ChunkedLoss",
+        group="activations",
+        saves="logits, fp32 copy, softmax, gradient: tokens * vocabulary * (itemsize + 12) bytes, but for one chunk",
+        costs="no time with mean and sum; the gradient of a trainable head is held from the forward on",
+        numerics="bounded",
+        use_when="a large vocabulary: language models, thousands of classes",
+        source="Hsu et al. 2024, https://arxiv.org/abs/2410.10989",
+    ),
+    Method(
         name="WeightQuantization",
         group="weights",
         saves="frozen linear weights: 4.127 bits a value (nf4/fp4 with double quantization), 4.5 without, 8 (int8)",
@@ -171,6 +180,7 @@ CATALOG: tuple[Method, ...] = (
         costs="weights and gradients cross in each step, which runs on the host; on disk: the state is read, written",
         numerics="exact",
         use_when="full-parameter training with little device memory and enough host memory, or a fast local disk",
+        measured="state in files, 25M fp32 values: resident set 742 -> 520 MB (moments: 202 MB), training step 1.17x",
         init_args={"device": "optimizer-state"},
         source="Ren et al. 2021, https://arxiv.org/abs/2101.06840",
     ),

@@ -569,6 +569,19 @@ def test_strategies_that_step_themselves_are_refused(kind: str, monkeypatch: pyt
         fit(LitLM(), OptimizerOffload())
 
 
+def test_under_fsdp2_only_the_evaluation_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_memsave.callbacks import _session
+
+    monkeypatch.setattr(_session, "strategy_kind", lambda strategy: "fsdp2")
+    with pytest.raises(ConfigurationError, match=r"CPUOffloadPolicy\(\)\)\. Here, when='evaluation' works"):
+        fit(LitLM(), OptimizerOffload())
+    fake_device(monkeypatch)
+    module, watch = LitLM(), Watch()
+    fit(module, OptimizerOffload(when="evaluation"), watch, val=make_loader())
+    assert set(watch.validation) == {0}
+    assert len(module.losses) == 3
+
+
 def test_too_little_room_stops_the_run_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device(monkeypatch)
     module = LitLM()
