@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from lightning_memsave.callbacks.allocator_settings import AllocatorSettings as AllocatorSettings
     from lightning_memsave.callbacks.checkpoint_rehearsal import CheckpointRehearsal as CheckpointRehearsal
+    from lightning_memsave.callbacks.chunked_loss import ChunkedLoss as ChunkedLoss
     from lightning_memsave.callbacks.early_zero_grad import EarlyZeroGrad as EarlyZeroGrad
     from lightning_memsave.callbacks.gradient_release import GradientRelease as GradientRelease
     from lightning_memsave.callbacks.lora import LoRA as LoRA
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_memsave.transforms._pass import Applied as Applied
     from lightning_memsave.transforms._pass import AppliedTransforms as AppliedTransforms
     from lightning_memsave.transforms._pass import Stage as Stage
+    from lightning_memsave.transforms.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
     from lightning_memsave.transforms.merging import merge_adapters as merge_adapters
 
 __version__ = "0.1.0"
@@ -60,6 +62,7 @@ _EXPORTS = {
     "BlockDDPStrategy": "strategies.block_ddp",
     "CheckpointMismatchError": "errors",
     "CheckpointRehearsal": "callbacks.checkpoint_rehearsal",
+    "ChunkedLoss": "callbacks.chunked_loss",
     "ConfigurationError": "errors",
     "EarlyZeroGrad": "callbacks.early_zero_grad",
     "FP8Precision": "precision.fp8",
@@ -82,6 +85,7 @@ _EXPORTS = {
     "TiledCompute": "callbacks.tiled_compute",
     "WeightQuantization": "callbacks.weight_quantization",
     "apply": "callbacks._apply",
+    "chunked_cross_entropy": "transforms.chunked_loss",
     "last_report": "memory.report",
     "load_adapters": "transforms._adapter_files",
     "merge_adapters": "transforms.merging",

@@ -10,6 +10,7 @@ from lightning_memsave.callbacks._session import Session, logger
 from lightning_memsave.errors import raise_problems
 from lightning_memsave.memory.audit import AuditReport
 from lightning_memsave.memory.step_audit import StepAudit
+from lightning_memsave.transforms._deferred_audit import count_deferred, deferred_findings
 from lightning_memsave.transforms.checkpoint_audit import count_recomputes, recompute_findings
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class _Run:
         trainer = session.trainer
         self.audit = StepAudit(module, trainer.optimizers, autocast="mixed" in str(trainer.precision))
         self.before = count_recomputes(module)
+        self.deferred_before = count_deferred(module)
         self.done = False
 
     def end_batch(self) -> None:
@@ -107,7 +109,11 @@ class _Run:
         """Report, write, and raise if that was asked for."""
         self.close()
         trainer = self.session.trainer
-        findings = [*recompute_findings(self.module, self.before), *self.audit.findings()]
+        findings = [
+            *recompute_findings(self.module, self.before),
+            *deferred_findings(self.module, self.deferred_before),
+            *self.audit.findings(),
+        ]
         report = AuditReport(findings, self.audit.batches, tuple(self.session.lines))
         if trainer.is_global_zero:
             path = report.to_json(self.session.directory / "audit.json")

@@ -30,6 +30,11 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("GradientRelease", kind): "optimizes manually" for kind in ("manual", "gan", "retain_graph", "several_steps")},
     ("OptimizerOffload", "line_search"): "LBFGS.*evaluates the closure several times",
     ("LowMemoryOptimizer", "line_search"): "LBFGS.*evaluates the closure several times",
+    **{
+        ("ChunkedLoss", kind): "found no output head"
+        for kind in ("tabular", "forecasting", "vision", "autoencoder", "diffusion", "graph", "mapping", "line_search")
+        + ("physics", "manual", "gan", "retain_graph", "several_steps", "hf_bert")
+    },
     ("WeightQuantization", "vision"): "no layer this can work on",  # convolutions
     ("QLoRA", "vision"): "found no linear layer",
     ("WeightQuantization", "autoencoder"): "decoder.0.0 trains",
