@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_memsave.errors import CheckpointMismatchError
+from lightning_memsave.optim.local_shards import standing_for
 from lightning_memsave.optim.master_weights import Masters
 from lightning_memsave.optim.split_weights import attach_correction, correction_of, take_correction
 
@@ -189,7 +190,8 @@ class MasterStep:
                 optimizer.state[stand_in] = state
             pieces.append(_Piece(place, p, p.detach(), rest, stand_in))
         try:
-            self._call({piece.place: piece.stand_in for piece in pieces})
+            with standing_for((piece.stand_in, piece.owner) for piece in pieces):
+                self._call({piece.place: piece.stand_in for piece in pieces})
         finally:
             for piece in pieces:
                 self._put(piece.owner, optimizer.state.pop(piece.stand_in, {}), piece.rest)
@@ -217,7 +219,8 @@ class MasterStep:
                 stand_in = _stand_in(self.masters.read(flat[part], rest_part), gradient[part])
                 if state:
                     self.optimizer.state[stand_in] = {key: _part(value, p, part) for key, value in state.items()}
-                self._call({place: stand_in})
+                with standing_for([(stand_in, p)]):
+                    self._call({place: stand_in})
                 _gather(new, self.optimizer.state.pop(stand_in, {}), p, part)
                 self.masters.write(stand_in.detach(), flat[part], rest_part)
         finally:
@@ -314,7 +317,10 @@ class _Counters:
             params = group["params"]
             group.clear()
             group.update({"params": params, **before})
-        self.optimizer.__dict__.update(self.own)
+        held = self.optimizer.__dict__
+        for name in [k for k, v in held.items() if type(v) in (int, float) and k not in self.own]:
+            del held[name]
+        held.update(self.own)
 
 
 def _bucket_size(p: Tensor) -> int:

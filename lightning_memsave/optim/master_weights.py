@@ -5,7 +5,7 @@ way          kept with each weight      bytes a value, with weight   a step smal
 ============ ========================== ============================ ==============================================
 stochastic   nothing                    2                            happens with its probability; right on average
 split        int8 (int16) correction    3 (4)                        is kept to 1.5e-5 (1.2e-7) of the weight
-kahan        bf16 compensation          4                            is kept to 3.8e-6 of the weight
+kahan        bf16 compensation          4                            is kept to 7.6e-6 of the weight
 ============ ========================== ============================ ==============================================
 """
 

@@ -42,7 +42,7 @@ class BF16Precision(PrecisionPlugin):
     **Costs** two fp32 copies of one bucket of parameters in the step (of the largest one, where the optimizer is not
     one of torch's element-wise ones), and their conversion.
     **Numerics** are statistical: forward and backward are bf16. Masters are right on average (``stochastic``), to
-    1.5e-5 (``split``; ``correction="int16"``: 1.2e-7) or 3.8e-6 (``kahan``). Gradients accumulate in bf16.
+    1.5e-5 (``split``; ``correction="int16"``: 1.2e-7) or 7.6e-6 (``kahan``). Gradients accumulate in bf16.
     **Does not combine with** FSDP and DeepSpeed, LBFGS, schedule-free and Prodigy-like optimizers, and
     ``adamw_split_master`` unless ``"split"``.
 

@@ -94,7 +94,7 @@ def test_small_updates_add_up_in_every_way_and_are_lost_in_none() -> None:
     for _ in range(100):
         plain += 1e-4
     assert plain.item() == 1.0, "what all of this is against"
-    # 1.3 is expected. Seen: int8 2e-4 off, int16 5e-5, Kahan 2.7e-3
+    # 1.3 is expected. Seen: int8 1.3e-3 off, int16 5e-5, Kahan 8.4e-3, stochastic 3.3e-3
     assert accumulate(Split(torch.int8)) == pytest.approx(1.3, abs=5e-3)
     assert accumulate(Split(torch.int16)) == pytest.approx(1.3, abs=2e-4)
     assert accumulate(Kahan()) == pytest.approx(1.3, abs=1e-2)
@@ -103,13 +103,14 @@ def test_small_updates_add_up_in_every_way_and_are_lost_in_none() -> None:
 
 
 def test_a_compensation_keeps_eight_more_bits() -> None:
-    values = torch.randn(10_000) * torch.logspace(-20, 20, 10_000)
-    weight, compensation = (torch.empty(10_000, dtype=torch.bfloat16) for _ in range(2))
+    values = torch.cat([torch.randn(100_000) * torch.logspace(-20, 20, 100_000), torch.ones(1) + 0.49999 * 2.0**-7])
+    weight, compensation = (torch.empty(100_001, dtype=torch.bfloat16) for _ in range(2))
     compensate_into(values, weight, compensation)
     assert torch.equal(weight, values.to(torch.bfloat16))
+    assert torch.equal((weight.float() + compensation.float()).to(torch.bfloat16), weight)
     error = (weight.double() + compensation.double() - values.double()).abs() / values.double().abs()
-    assert error.max() <= 2.0**-17  # 7.6e-6; worst seen 3.8e-6
-    assert error.max() < 1e-3 * ((weight.double() - values.double()).abs() / values.double().abs()).max() * 2
+    assert error.max() <= 2.0**-16  # beside the border of a cell
+    assert error.quantile(0.98) <= 2.0**-17
 
 
 @pytest.mark.parametrize("way", ["split", "kahan"])
@@ -122,8 +123,7 @@ def test_unknown_values_are_drawn_from_the_cell(way) -> None:
     assert rest.count_nonzero() > 900
     values = joined_on_host(masters, weight, rest)
     assert values.dtype == torch.float32
-    # a compensation of nearly half a cell is itself rounded, up to the border: a tie
-    assert ((values.to(torch.bfloat16) == weight).float().mean()) > 0.99
+    assert torch.equal(values.to(torch.bfloat16), weight)
     assert torch.equal(values, masters.read(weight, rest))
 
 

@@ -63,7 +63,7 @@ def test_with_fp32_moments_and_int16_it_is_adamw_on_fp32_weights() -> None:
     run(wide, reference, 20)
     run(narrow, mine, 20)
     for p, value in zip(wide, masters(mine, narrow)):
-        # 20 steps of 1e-3; worst seen 1.5e-8
+        # 20 steps of 1e-3; worst seen 3.8e-9
         assert (p.detach() - value).abs().max() < 1e-7
 
 
@@ -74,7 +74,7 @@ def test_with_8bit_moments_the_masters_follow_fp32_adamw() -> None:
     run(narrow, mine, 30)
     for p, value, before in zip(wide, masters(mine, narrow), start()):
         moved = (p.detach() - before).norm()
-        # worst seen 0.013 of the way
+        # worst seen 0.017 of the way
         assert (p.detach() - value).norm() < 0.03 * moved
 
 
@@ -107,7 +107,7 @@ def test_updates_far_below_a_bf16_spacing_reach_the_weights() -> None:
     for _ in range(200):
         p.grad = torch.ones_like(p)
         optimizer.step()
-    # 200 steps of 2e-5; worst seen 3e-5 off
+    # 200 steps of 2e-5; worst seen 5.2e-5 off
     assert masters(optimizer, [p])[0].mean().item() == pytest.approx(0.5 - 200 * 2e-5, abs=1e-4)
     assert p.detach().float().mean().item() == pytest.approx(0.5 - 200 * 2e-5, abs=1.1e-3)
 
