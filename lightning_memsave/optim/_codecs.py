@@ -58,7 +58,7 @@ class Codec(ABC):
         largest = blocks.abs().amax(dim=1)
         scales.copy_(largest)
         # a block of zeros has a scale of zero, whatever its codes
-        relative = blocks.div_(largest.clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).view(-1)
+        relative = (blocks / largest.clamp_(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).view(-1)
         codes.copy_(self._encode(relative, second=name.endswith("_sq"))[: codes.numel()])
 
     def _parts(self, state: MutableMapping[str, Any], name: str, part: slice) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class Codec(ABC):
 
     @abstractmethod
     def _encode(self, relative: Tensor, *, second: bool) -> Tensor:
-        """Return uint8 codes of values of at most 1 in size."""
+        """Return uint8 codes of values of at most 1 in size, which may be overwritten."""
 
 
 def _in_blocks(values: Tensor, size: int) -> Tensor:
@@ -128,7 +128,7 @@ class _Fp8(Codec):
         return codes.view(torch.float8_e4m3fn).to(torch.float32).div_(self._LARGEST)
 
     def _encode(self, relative: Tensor, *, second: bool) -> Tensor:
-        scaled = relative * self._LARGEST
+        scaled = relative.mul_(self._LARGEST)
         if second:
             scaled.clamp_(min=self._SMALLEST)
         return scaled.to(torch.float8_e4m3fn).view(torch.uint8)

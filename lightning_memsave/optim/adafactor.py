@@ -19,8 +19,8 @@ class Adafactor(PerParameterOptimizer):
 
     **Saves** of the 8 bytes a value of AdamW all but ``4 * (rows + columns)`` bytes a matrix; vectors keep 4 bytes a
     value, and ``beta1`` adds 4 bytes a value.
-    **Costs** two more passes over the gradient. Temporaries are a few blocks of 2**20 values (2**22 on an accelerator),
-    whatever the size of the matrix.
+    **Costs** two more passes over the gradient. Temporaries are at most seven blocks of 2**20 values (2**22 on an
+    accelerator), whatever the size of the matrix.
     **Numerics** are statistical: another rule than AdamW. With the defaults it is the rule of Hugging Face's
     ``Trainer(optim="adafactor")``: the learning rate is the size of a step, and is not scaled by that of the weights.
     **Does not combine with** sharded (DTensor) parameters.

@@ -37,7 +37,7 @@ class AdamMini(PerParameterOptimizer):
 
     **Saves** of the 8 bytes a value of AdamW 4: ``4 * numel + 4 * rows`` bytes are kept a matrix, and 8 bytes a value
     of a vector.
-    **Costs** nothing; temporaries are a few blocks of 2**20 values (2**22 on an accelerator).
+    **Costs** nothing; temporaries are at most seven blocks of 2**20 values (2**22 on an accelerator).
     **Numerics** are statistical: AdamW's rule with a coarser second moment, and AdamW itself for vectors.
     **Does not combine with** sharded (DTensor) parameters.
 

@@ -77,7 +77,7 @@ class AdamW4bit(_NarrowAdamW):
     **Saves** of the 8 bytes a value of AdamW all but ``1 + 8 / 128``; tensors below 4096 values, and the
     parameters named in ``keep_32bit``, keep 8.
     **Costs** the conversion of the moments in every step, in plain torch operations (no compiler). Temporaries are
-    about ten blocks of 2**20 values (2**22 on an accelerator).
+    at most seven blocks of 2**20 values (2**22 on an accelerator).
     **Numerics** are statistical: AdamW with moments of 16 levels, one scale every 128 values.
     **Does not combine with** sharded (DTensor) parameters.
 
@@ -112,7 +112,7 @@ class AdamWFp8(_NarrowAdamW):
     **Saves** of the 8 bytes a value of AdamW all but ``2 + 8 / 256``; tensors below 4096 values, and the parameters
     named in ``keep_32bit``, keep 8.
     **Costs** the conversion of the moments in every step, in plain torch operations on any device. Temporaries are
-    about ten blocks of 2**20 values (2**22 on an accelerator).
+    at most seven blocks of 2**20 values (2**22 on an accelerator).
     **Numerics** are statistical: AdamW with a relative error of the moments of at most 1/16, one scale every 256
     values. The second moment is stored as its root.
     **Does not combine with** sharded (DTensor) parameters.

@@ -28,8 +28,8 @@ class ApolloAdamW(PerParameterOptimizer):
 
     **Saves** of the ``8 * rows * columns`` bytes of AdamW all but ``8 * rank * longer + 4``. The projection is made
     anew in every step from a seed and not kept.
-    **Costs** one thin matrix product a step. Temporaries are a few blocks of 2**20 values (2**22 on an accelerator)
-    and ``8 * rank * (rows + columns)`` bytes.
+    **Costs** one thin matrix product a step. Temporaries are at most seven blocks of 2**20 values (2**22 on an
+    accelerator) and ``4 * rank * (3 * longer + shorter)`` bytes.
     **Numerics** are statistical: another rule than AdamW. Random numbers come from a generator of its own, which
     differs between the CPU and an accelerator.
     **Does not combine with** sharded (DTensor) parameters.

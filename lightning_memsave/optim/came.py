@@ -19,7 +19,7 @@ class CAME(PerParameterOptimizer):
 
     **Saves** of the 8 bytes a value of AdamW all but ``4 * numel + 8 * (rows + columns)`` bytes a matrix; vectors keep
     8 bytes a value.
-    **Costs** three more passes over the gradient. Temporaries are a few blocks of 2**20 values (2**22 on an
+    **Costs** three more passes over the gradient. Temporaries are at most seven blocks of 2**20 values (2**22 on an
     accelerator), whatever the size of the matrix.
     **Numerics** are statistical: another rule than AdamW; a step is at most about ``lr`` in root mean square.
     **Does not combine with** sharded (DTensor) parameters.

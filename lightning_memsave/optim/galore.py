@@ -24,7 +24,7 @@ class GaLoreAdamW(PerParameterOptimizer):
 
     **Saves** of the ``8 * rows * columns`` bytes of AdamW all but ``8 * rank * longer + 4 * rank * shorter``.
     **Costs** two thin matrix products a step, and eigenvectors of a ``shorter * shorter`` matrix every
-    ``update_proj_gap`` steps (``O(shorter**3)``). Temporaries are a few blocks of 2**20 values (2**22 on an
+    ``update_proj_gap`` steps (``O(shorter**3)``). Temporaries are at most seven blocks of 2**20 values (2**22 on an
     accelerator), ``4 * rank * longer`` bytes, and ``8 * shorter**2`` while the projection is made.
     **Numerics** are statistical: the part of a gradient outside the projection is dropped, and a step is ``scale``
     times that of AdamW, so that larger learning rates are usual.

@@ -31,8 +31,8 @@ class Muon(PerParameterOptimizer):
 
     **Saves** 4 of the 8 bytes a value of AdamW, for matrices.
     **Costs** ``2 * num_steps * (2 * R * R * C + R * R * R)`` operations a step and matrix, ``R`` its shorter side: one
-    matrix product of the size of a layer with a few hundred tokens. Temporaries are not bounded by a block: five
-    copies of the largest matrix, in bf16 on an accelerator and fp32 on the CPU, and three ``R * R``.
+    matrix product of the size of a layer with a few hundred tokens. Temporaries are not bounded by a block: three
+    fp32 copies of the largest matrix, and three ``R * R``.
     **Numerics** are statistical: another rule than AdamW. With ``adjust_lr_fn="match_rms_adamw"`` a step has the size
     of AdamW's, so that its learning rate and weight decay can stay.
     **Does not combine with** sharded (DTensor) parameters.
