@@ -200,6 +200,7 @@ CATALOG: tuple[Method, ...] = (
         costs="one optimizer call a parameter; two_pass clipping: a second backward; accumulation: copies to the host",
         numerics="exact",
         use_when="all parameters train and gradients are a large part: beside an optimizer with small state",
+        measured="tensor peak 611 -> 515 MiB at 1.04 times the step time, 29M parameters with AdamW (CPU)",
         init_args={"clip": "two_pass", "accumulate": "host"},
         source="Lv et al. 2023, https://arxiv.org/abs/2306.09782",
     ),

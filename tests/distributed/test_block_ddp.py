@@ -516,7 +516,7 @@ def test_a_reduced_hook_sees_the_average_of_each_parameter_once(ranks: Run) -> N
 # -- life --------------------------------------------------------------------------------------------------------------
 def _resumed(rank: int, folder: str) -> list[Any]:
     whole, _ = train(block_ddp(), LowMemoryOptimizer("adamw_8bit"))
-    half, trainer = train(block_ddp(), LowMemoryOptimizer("adamw_8bit"), max_epochs=1)
+    _, trainer = train(block_ddp(), LowMemoryOptimizer("adamw_8bit"), max_epochs=1)
     trainer.save_checkpoint(f"{folder}/half.ckpt")
     resumed, trainer = train(block_ddp(), LowMemoryOptimizer("adamw_8bit"), ckpt_path=f"{folder}/half.ckpt")
     other, _ = train("ddp", LowMemoryOptimizer("adamw_8bit"), ckpt_path=f"{folder}/half.ckpt")
