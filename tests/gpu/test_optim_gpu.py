@@ -37,7 +37,7 @@ def expected_bytes(module: Any, name: str) -> int:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "adamw_split_master"])  # test_precision_gpu.py
 def test_every_optimizer_trains_and_holds_what_it_says(cuda, name, precision) -> None:
     module = LitLM(**WIDE, lr=1e-2 if name == "adafactor" else 1e-3)
     trainer = fit(module, LowMemoryOptimizer(name), EarlyZeroGrad(), precision=precision, max_epochs=4)
