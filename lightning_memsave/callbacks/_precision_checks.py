@@ -24,7 +24,8 @@ class _Checked:
             clips = bool(trainer.gradient_clip_val)
             problems = loss_scaling_problems(module.named_parameters(), optimizers, clips=clips)
             raise_problems(f"Trainer(precision={precision.precision!r})", problems)
-        for warning in precision_warnings(optimizers):
+        keeps = type(precision).__name__ == "BF16Precision"
+        for warning in precision_warnings(optimizers, keeps_remainders=keeps):
             Session.of(trainer).report(f"precision={precision.precision!r}", warning, warning=True)
 
     def close(self) -> None:

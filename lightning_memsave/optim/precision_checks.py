@@ -45,14 +45,20 @@ def loss_scaling_problems(
     return problems
 
 
-def precision_warnings(optimizers: Sequence[Optimizer]) -> list[str]:
-    """Return what makes training on 16-bit weights silently wrong: an eps of zero, steps that round to nothing."""
+def precision_warnings(optimizers: Sequence[Optimizer], *, keeps_remainders: bool = False) -> list[str]:
+    """Return what makes training on 16-bit weights silently wrong: an eps of zero, steps that round to nothing.
+
+    Args:
+        optimizers: Those that will step.
+        keeps_remainders: What a step rounds away is not lost (``BF16Precision``).
+
+    """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    found = [warning for optimizer, group in groups for warning in _group_warnings(optimizer, group)]
+    found = [warning for optimizer, group in groups for warning in _group_warnings(optimizer, group, keeps_remainders)]
     return list(dict.fromkeys(found))
 
 
-def _group_warnings(optimizer: Optimizer, group: Mapping[str, Any]) -> Iterator[str]:
+def _group_warnings(optimizer: Optimizer, group: Mapping[str, Any], keeps_remainders: bool) -> Iterator[str]:
     name = type(optimizer).__name__
     trained = [p for p in group["params"] if p.requires_grad]
     eps = group.get("eps")
@@ -66,18 +72,19 @@ def _group_warnings(optimizer: Optimizer, group: Mapping[str, Any]) -> Iterator[
             "Use eps>=1e-6, or precision='bf16-mixed'."
         )
     lr = float(group.get("max_lr") or group.get("initial_lr") or group.get("lr") or 0.0)
-    share = stuck_share(trained, lr) if _steps_by_lr(optimizer) else 0.0
+    share = stuck_share(trained, lr) if _steps_by_lr(optimizer) and not keeps_remainders else 0.0
     if share > _STUCK:
         yield (
             f"a step of {name} with lr={lr:g} leaves {share:.0%} of the 16-bit weights unchanged: it is smaller than "
-            "half their spacing and is rounded away. Use precision='bf16-mixed' (fp32 weights), or a larger lr."
+            "half their spacing and is rounded away. Use plugins=[BF16Precision()] in place of the precision, "
+            "precision='bf16-mixed' (fp32 weights), or a larger lr."
         )
 
 
 def _steps_by_lr(optimizer: Optimizer) -> bool:
     """Return whether one step moves every value by about the learning rate, whatever the gradient."""
     names = " ".join(cls.__name__ for cls in type(optimizer).__mro__)
-    return "Adam" in names or "Lion" in names
+    return ("Adam" in names or "Lion" in names) and "SplitMaster" not in names  # which keeps what is rounded away
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from helpers import LitLM, make_loader, make_trainer
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_memsave import EarlyZeroGrad, LowMemoryOptimizer
+from lightning_memsave import BF16Precision, EarlyZeroGrad, LowMemoryOptimizer
 from lightning_memsave.errors import ConfigurationError
 
 
@@ -81,3 +81,15 @@ def test_an_eps_of_zero_in_fp16_is_said() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_a_sound_run_says_nothing(precision) -> None:
     fit(LitLM(lr=1e-2), EarlyZeroGrad(), LowMemoryOptimizer(), precision=precision)  # warnings are errors here
+
+
+@pytest.mark.parametrize("weights", ["stochastic", "split", "kahan"])
+def test_weights_that_keep_what_is_rounded_away_are_not_warned_of(weights, recwarn) -> None:
+    module = LitLM(lr=1e-6)
+    fit(module, EarlyZeroGrad(), plugins=[BF16Precision(weights)])
+    assert not [w for w in recwarn if "unchanged" in str(w.message)]
+
+
+def test_an_optimizer_that_keeps_what_is_rounded_away_is_not_warned_of(recwarn) -> None:
+    fit(LitLM(lr=1e-6), EarlyZeroGrad(), LowMemoryOptimizer("adamw_split_master"), precision="bf16-true")
+    assert not [w for w in recwarn if "unchanged" in str(w.message)]

@@ -42,7 +42,7 @@ def test_recomputed_blocks_are_refused():
 
 
 def test_an_unknown_dtype_is_refused_by_name():
-    with pytest.raises(ConfigurationError, match='dtype=\'int4\' is not a form.*"int8" or "fp8"'):
+    with pytest.raises(ConfigurationError, match=r'dtype=\'int4\' is not a form.*"int8" or "fp8"'):
         SavedActivationPrecision(dtype="int4")
     with pytest.raises(ConfigurationError, match="min_values=0 must be an int of 1 or more"):
         SavedActivationPrecision(min_values=0)
