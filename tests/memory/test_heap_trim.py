@@ -18,9 +18,9 @@ from lightning_memsave.units import MIB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 
-# Blocks below glibc's threshold with small used ones between them: freed, they stay resident. 300 MiB are freed and
-# 80 MiB are added: a trimmed process has grown by about 80 MiB, another by about 380 MiB. The last line waits for the
-# trimmer's thread, which a busy machine may run late.
+# Blocks below glibc's threshold with used ones between them, which are too large for holes elsewhere: freed, they stay
+# resident. 300 MiB are freed between 75 MiB, and 80 MiB are added: a trimmed process has grown by about 155 MiB, another
+# by about 455 MiB. At the end it waits for the trimmer's thread, which a busy machine may run late.
 FRAGMENT = """
 import sys, time, torch
 from lightning_memsave.memory.heap_trim import HeapTrimmer
@@ -29,12 +29,12 @@ x = torch.ones(6 * 2**20); del x  # freeing 24 MiB makes glibc keep blocks of 1 
 start = host_memory().rss_bytes
 trimmer = HeapTrimmer(16 * 2**20)
 said = trimmer.start() if sys.argv[1] == "trim" else ""
-blocks = [torch.ones(2**18 if i % 2 else 16) for i in range(600)]
+blocks = [torch.ones(2**18 if i % 2 else 2**16) for i in range(600)]
 held = blocks[0::2]
 del blocks
 more = torch.ones(20 * 2**20)  # the process grows: the freed blocks go
 deadline = time.monotonic() + (60 if said else 0)
-limit = 200 * 2**20 if "(glibc)" in said else 2**40
+limit = 250 * 2**20 if "(glibc)" in said else 2**40
 while True:
     grown, released = host_memory().rss_bytes - start, trimmer.num_releases
     if (released and grown < limit) or time.monotonic() > deadline:
@@ -65,11 +65,11 @@ def test_a_fragmented_glibc_heap_is_given_back():
     heap, _, grown, _ = fragment("none")
     if heap != "glibc":
         pytest.skip(f"this process uses {heap}")
-    assert grown > 300 * MIB
+    assert grown > 400 * MIB
     _, releases, grown, said = fragment("trim")
     assert releases >= 1
     assert "16.00 MiB of growth (glibc)" in said
-    assert grown < 200 * MIB
+    assert grown < 250 * MIB
 
 
 @pytest.mark.parametrize("name", ["tcmalloc_minimal.so", "jemalloc", "mimalloc"])
