@@ -206,18 +206,29 @@ class Session:
         return run.applied if isinstance(run, _TransformRun) else None
 
     # -- mechanics ------------------------------------------------------------------------------------------------
-    def _arm_once(self, module: Any, method: str, around: Callable[[Callable[[], Any]], Any]) -> None:
+    def _arm_once(self, module: Any, method: str, around: Callable[..., Any]) -> None:
         """Hook one call of a method; the hook is gone before the method runs."""
 
-        def call(inner: Callable[[], Any]) -> Any:
+        def call(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             undo()
-            return around(inner)
+            return around(inner, *args, **kwargs)
 
         undo = hook_instance(module, method, call)
         self._armed.append(undo)
 
     def _arm_configure_model(self, module: LightningModule) -> None:
+        ready = False
+
+        def set_up(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal ready
+            ready = True  # the Trainer calls it after every callback's setup
+            return inner(*args, **kwargs)
+
         def configure(inner: Callable[[], Any]) -> None:
+            if not ready:  # called by another callback's setup: not every saver is registered yet
+                inner()
+                self._arm_once(module, "configure_model", configure)
+                return
             check_methods([*self.methods, type(self.trainer.precision_plugin).__name__], self.strategy_kind)
             untested = [name for name in self.methods if cell(name, self.strategy_kind)[0] == "untested"]
             if untested:
@@ -226,6 +237,7 @@ class Session:
             inner()
             self._run_pass(module)
 
+        self._arm_once(module, "setup", set_up)
         self._arm_once(module, "configure_model", configure)
 
     def _run_pass(self, module: LightningModule) -> None:

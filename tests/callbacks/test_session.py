@@ -11,13 +11,16 @@ import pytest
 import pytorch_lightning  # noqa: TID251  (both namespaces are under test)
 import torch
 from helpers import LitLM, make_loader, make_trainer
+from packaging.version import Version
 from torch import nn
 
-from lightning_memsave import Applied, ModelTransform, Stage
+from lightning_memsave import ActivationCheckpointing, Applied, ModelTransform, Stage, TiledCompute
 from lightning_memsave.callbacks._saver import Saver
 from lightning_memsave.callbacks._session import Session, hook_instance
 from lightning_memsave.errors import IncompatibleMethodsError
 from lightning_memsave.planner import compatibility
+from lightning_memsave.transforms.checkpoint_blocks import recompute_counts
+from lightning_memsave.transforms.tiling import tile_counts
 
 
 class Recorder(ModelTransform):
@@ -233,3 +236,18 @@ def _two_ranks(rank: int, strategy: str) -> list:
 def test_the_pass_runs_on_each_rank_of_ddp(ranks) -> None:
     results = ranks(_two_ranks, "ddp")
     assert [seen for seen, _ in results] == [[("a", NUM_PARAMETERS)]] * 2
+
+
+@pytest.mark.skipif(Version(lightning.pytorch.__version__) < Version("2.6"), reason="no WeightAveraging before 2.6")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_a_callback_that_calls_configure_model_early_hides_no_saver_behind_it():
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    class Looks(lightning.pytorch.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append((len(recompute_counts(pl_module)), len(tile_counts(pl_module))))
+
+    seen: list[tuple[int, int]] = []
+    tiled = TiledCompute(["*norm*"], tile_tokens=4)
+    make_trainer(callbacks=[ActivationCheckpointing(), WeightAveraging(), tiled, Looks()]).fit(LitLM(), make_loader())
+    assert seen == [(2, 5)]
