@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_memsave.errors import ConfigurationError
 from lightning_memsave.transforms._deferred_projection import Head, Products
 from lightning_memsave.transforms._deferred_tasks import Steps, Task
 
-__all__ = ["Call", "Reduction", "each_chunk", "run_chunked"]
+__all__ = ["Call", "Reduction", "each_chunk", "refuse_second_derivative", "run_chunked"]
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -50,7 +50,7 @@ class Call:
 
 
 def run_chunked(call: Call, hidden: Tensor) -> Tensor:
-    """Run a task over all rows; differentiable once, by hidden states and the head's trainable tensors.
+    """Run a task over all rows; differentiable once by hidden states and the head's trainable tensors.
 
     Args:
         call: The pass.
@@ -194,8 +194,8 @@ class _Chunked(torch.autograd.Function):
         return total if normalizer is None else total / normalizer
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        refuse_second_derivative()
         (upstream,) = grads
         call: Call = ctx.call
         saved = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
@@ -244,6 +244,20 @@ def _scaled(ctx: Any, saved: tuple[Tensor | None, ...], upstream: Tensor) -> lis
 
 def _times(tensor: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return tensor.mul_(factor) if in_place else (tensor * factor).to(tensor.dtype)
+
+
+def refuse_second_derivative() -> None:
+    """Raise inside a backward whose result is to be differentiated again: it would be taken for a constant.
+
+    Raises:
+        ConfigurationError: Under ``create_graph=True``.
+
+    """
+    if torch.is_grad_enabled():
+        raise ConfigurationError(
+            "ChunkedLoss: create_graph=True asks for a gradient of the gradient, and the gradient of a chunked loss is "
+            "made without a graph. Leave ChunkedLoss out where a gradient penalty goes through the loss."
+        )
 
 
 def _graph_is_kept() -> bool:

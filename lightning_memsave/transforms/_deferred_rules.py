@@ -78,7 +78,7 @@ for _names, _rule in (
 _PROPERTIES = (
     "shape", "dtype", "device", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_xpu",
     "is_mps", "layout", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "itemsize", "nbytes",
-    "names", "output_nr", "_version", "grad", "_backward_hooks",
+    "names", "output_nr", "_version", "_base", "grad", "_backward_hooks",
 )  # fmt: skip
 _METHODS = (
     "size", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex", "element_size",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_memsave.transforms._deferred_engine import refuse_second_derivative
 from lightning_memsave.transforms._deferred_heads import find_heads, from_fsdp, why_not_deferred
 from lightning_memsave.transforms._deferred_source import Ancestors, DeferCounts, Source
 from lightning_memsave.transforms._deferred_tasks import Steps
@@ -171,6 +172,7 @@ class _Link(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        refuse_second_derivative()
         source: Source = ctx.lazy.source
         hidden, *parameters = ctx.inputs
         real = ctx.lazy.values("backward")
@@ -283,7 +285,8 @@ def _deferred_forward(patch: InstanceForward, *args: Any, **kwargs: Any) -> Any:
 
 
 def _classes(module: nn.Module) -> int:
-    from lightning_memsave.transforms._deferred_heads import num_classes
+    from lightning_memsave.transforms._deferred_engine import refuse_second_derivative
+from lightning_memsave.transforms._deferred_heads import num_classes
 
     classes = num_classes(module)
     assert classes is not None
