@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_memsave.transforms._deferred_engine import refuse_second_derivative
-from lightning_memsave.transforms._deferred_heads import find_heads, from_fsdp, why_not_deferred
+from lightning_memsave.transforms._deferred_heads import find_heads, from_fsdp, num_classes, why_not_deferred
 from lightning_memsave.transforms._deferred_source import Ancestors, DeferCounts, Source
 from lightning_memsave.transforms._deferred_tasks import Steps
 from lightning_memsave.transforms._pass import Applied
@@ -280,17 +280,10 @@ def _deferred_forward(patch: InstanceForward, *args: Any, **kwargs: Any) -> Any:
     counts.deferred += 1
     (hidden,) = args
     source = Source(patch, hidden)
-    shape = (*hidden.shape[:-1], _classes(patch.module))
-    return wrap(Lazy(source, shape, len(shape) - 1, source.products.dtype))
-
-
-def _classes(module: nn.Module) -> int:
-    from lightning_memsave.transforms._deferred_engine import refuse_second_derivative
-from lightning_memsave.transforms._deferred_heads import num_classes
-
-    classes = num_classes(module)
+    classes = num_classes(patch.module)
     assert classes is not None
-    return classes
+    shape = (*hidden.shape[:-1], classes)
+    return wrap(Lazy(source, shape, len(shape) - 1, source.products.dtype))
 
 
 def _why_plain(patch: InstanceForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
