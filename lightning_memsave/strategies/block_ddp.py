@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.utils.hooks import RemovableHandle
 
 from lightning_memsave.callbacks._lightning import of_every_namespace
@@ -21,7 +22,9 @@ from lightning_memsave.strategies._either import EitherTrainer
 from lightning_memsave.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
     from lightning.pytorch import LightningModule
+    from lightning.pytorch.plugins import Precision
     from lightning.pytorch.strategies import DDPStrategy
 else:
     DDPStrategy = of_every_namespace("strategies.DDPStrategy")
@@ -31,6 +34,8 @@ __all__ = ["BlockDDPStrategy"]
 _NAME = "BlockDDPStrategy"
 # Arguments of DDPStrategy and DistributedDataParallel that have no meaning here, and what to write instead.
 _ELSEWHERE = {
+    "accelerator": "write Trainer(accelerator=...)",
+    "parallel_devices": "write Trainer(devices=...)",
     "find_unused_parameters": "parameters without a gradient are always found and handled; leave it out",
     "static_graph": "nothing is assumed about the graph; leave it out",
     "gradient_as_bucket_view": "there is no second copy of the gradients to avoid; leave it out",
@@ -59,8 +64,13 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
         bucket_size: Largest size of the gradients that are averaged in one message, an int of bytes or a text. A larger
             gradient is averaged alone, in place.
         broadcast_buffers: Whether rank zero's buffers (e.g. of batch norm) go to all ranks before a step, as under DDP.
-        **kwargs: Those of Lightning's ``DDPStrategy``: ``cluster_environment``, ``process_group_backend``, ``timeout``,
-            ``start_method``, ``accelerator``, ``parallel_devices``, ``checkpoint_io``, ``precision_plugin``.
+        cluster_environment: As in Lightning's ``DDPStrategy``: which processes take part; found by the Trainer.
+        process_group_backend: As there: ``gloo``, ``nccl`` ...; by default that of the accelerator.
+        timeout: As there: how long a rank waits for the others.
+        start_method: As there: ``popen`` (the script is started again), ``spawn``, ``fork`` or ``forkserver``.
+        checkpoint_io: As there.
+        precision_plugin: As there; rather write ``Trainer(precision=...)``.
+        **ddp_only: Other arguments of ``DDPStrategy``, which are refused with what to write instead.
 
     Raises:
         ConfigurationError: At construction, for an argument that has no meaning here; at ``fit``, if the ranks do not
@@ -76,9 +86,28 @@ class BlockDDPStrategy(EitherTrainer, DDPStrategy):
 
     """
 
-    def __init__(self, *, bucket_size: int | str = "25MiB", broadcast_buffers: bool = True, **kwargs: Any) -> None:
-        raise_problems(_NAME, [*_size_problems(bucket_size), *_argument_problems(kwargs)])
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        bucket_size: int | str = "25MiB",
+        broadcast_buffers: bool = True,
+        cluster_environment: ClusterEnvironment | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        **ddp_only: Any,
+    ) -> None:
+        raise_problems(_NAME, [*_size_problems(bucket_size), *_argument_problems(ddp_only)])
+        super().__init__(
+            cluster_environment=cluster_environment,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
         self.bucket_size = bucket_size
         self.broadcast_buffers = broadcast_buffers
         self._hooks: OrderedDict[int, Callable[[nn.Parameter], Any]] = OrderedDict()
@@ -245,16 +274,16 @@ def _size_problems(bucket_size: object) -> list[str]:
     return [] if size > 0 else [f'bucket_size={bucket_size!r} holds nothing. Write a size such as "25MiB".']
 
 
-def _argument_problems(kwargs: dict[str, Any]) -> list[str]:
-    parents = {name for name in inspect.signature(DDPStrategy.__init__).parameters if name not in ("self", "kwargs")}
+def _argument_problems(arguments: dict[str, Any]) -> list[str]:
     problems = []
-    for name, value in kwargs.items():
+    for name in arguments:
         if name in _ELSEWHERE:
             problems.append(f"{name}: {_ELSEWHERE[name]}.")
         elif name in _DDP_ONLY:
-            if value is not None:
-                problems.append(f'{name}: gradients are averaged as they are here. Use strategy="ddp" for it.')
-        elif name not in parents:
-            known = ", ".join(sorted(parents.difference(_DDP_ONLY)))
-            problems.append(f"{name} is no argument of this strategy. It has bucket_size, broadcast_buffers, {known}.")
+            problems.append(f'{name}: gradients are averaged as they are here. Use strategy="ddp" for it.')
+        else:
+            problems.append(
+                f"{name} is no argument of this strategy. It has bucket_size, broadcast_buffers, cluster_environment, "
+                "process_group_backend, timeout, start_method, checkpoint_io and precision_plugin."
+            )
     return problems
