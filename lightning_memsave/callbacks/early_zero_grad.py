@@ -98,6 +98,8 @@ def _run(trainer: Any, module: Any) -> _Run:
 def _inactive(session: Session, module: Any) -> str:
     if not module.automatic_optimization:
         return "the module optimizes manually; call optimizer.zero_grad(set_to_none=True) right after optimizer.step()"
+    if "GradientRelease" in session.methods:
+        return "GradientRelease frees each gradient inside backward"
     if session.strategy_kind == "deepspeed":
         return "DeepSpeed frees its gradients itself"
     if not all(hasattr(optimizer, "register_step_post_hook") for optimizer in session.trainer.optimizers):

@@ -81,7 +81,7 @@ class GradientReleaser:
         self._accumulates = accumulate != "refuse"
         self._places: dict[int, tuple[int, int]] = {}
         self._hooks: dict[int, tuple[Tensor, Any]] = {}
-        self._registered = register(self._on_gradient) if register is not None else None
+        self._registered = register(self._on_averaged) if register is not None else None
         self._sending = register_sending(self._on_sending) if register_sending is not None else None
         self._act: Callable[[Tensor], None] | None = None
         self._seen: set[int] = set()
@@ -114,7 +114,7 @@ class GradientReleaser:
         """
         self._attach()
         if not last:
-            if not self._accumulates:
+            if not self._accumulates or (self._registered is not None and self._sending is None):
                 raise ConfigurationError(
                     "GradientRelease: this backward is not followed by a step (accumulate_grad_batches above 1, or an "
                     "optimizer_step that runs the closure without stepping), so its gradients must be kept. "
@@ -196,6 +196,14 @@ class GradientReleaser:
         if self._act is not None and p.grad is not None and id(p) in self._places:
             with self._lock, torch.no_grad():
                 self._act(p)
+
+    def _on_averaged(self, p: Tensor) -> None:
+        if self._act == self._hold:  # part of it may be held already, unaveraged
+            raise ConfigurationError(
+                "GradientRelease: gradients are averaged over the ranks in a backward that no step follows (an "
+                "optimizer_step that runs the closure itself). Write optimizer.step(closure=optimizer_closure)."
+            )
+        self._on_gradient(p)
 
     def _on_own_gradient(self, p: Tensor) -> None:
         """Hold a gradient that is not averaged yet; those of a window are averaged together, at its end."""

@@ -61,14 +61,16 @@ class Watch(pl.Callback):
     def __init__(self) -> None:
         self.seen: list[int] = []
         self.lines: list[str] = []
-        self.hooks = 0
+        self.early: list[str] = []
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         self.seen.append(gradient_bytes([optimizer]))
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:
         session = Session.find(trainer)
-        self.lines = [line for name, line in session.lines if name == "GradientRelease"] if session else []
+        lines = session.lines if session else []
+        self.lines = [line for name, line in lines if name == "GradientRelease"]
+        self.early = [line for name, line in lines if name == "EarlyZeroGrad"]
 
 
 def fit(
@@ -421,8 +423,15 @@ def test_state_on_disk_is_stepped_inside_backward(tmp_path) -> None:
 
 
 def test_the_audit_sees_every_gradient() -> None:
-    module, trainer, _ = fit(MemoryAudit(strict=True), EarlyZeroGrad(), GradientRelease(), max_epochs=1)
+    module, trainer, _ = fit(MemoryAudit(strict=True), GradientRelease(), max_epochs=1)
     assert_same((module, trainer), fit(max_epochs=1))
+
+
+@pytest.mark.parametrize("callbacks", [(GradientRelease, EarlyZeroGrad), (EarlyZeroGrad, GradientRelease)])
+def test_early_zero_grad_beside_it_says_that_nothing_is_left_to_free(callbacks) -> None:
+    found = fit(*(make() for make in callbacks))
+    assert_same(found, fit())
+    assert found[2].early == ["inactive: GradientRelease frees each gradient inside backward"]
 
 
 def test_the_profiler_shows_one_tensor_of_gradients() -> None:

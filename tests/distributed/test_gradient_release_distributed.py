@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_memsave import ActivationCheckpointing, GradientRelease, IncompatibleMethodsError
+from lightning_memsave import ActivationCheckpointing, ConfigurationError, GradientRelease, IncompatibleMethodsError
 from lightning_memsave.optim.zero_grad import gradient_bytes
 
 Result = dict[str, Any]
@@ -237,6 +237,25 @@ def test_under_memsave_ddp_a_run_ends_with_the_bits_of_a_plain_one(
         assert set(found["seen"]) == {0}
     assert first[0]["losses"] != second[0]["losses"], "each rank has data of its own"
     assert [k for k, v in first[0]["state"].items() if not torch.equal(second[0]["state"][k], v)] == []
+
+
+class StepsAfter(Trained):
+    """Runs the closure before the step, which averages gradients where none are kept."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        optimizer_closure()
+        optimizer.step()
+
+
+def _steps_after(rank: int) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        train(StepsAfter(), "memsave_ddp", release())
+    return str(caught.value)
+
+
+def test_an_average_that_no_step_follows_is_refused(ranks: Callable[..., list[Any]]) -> None:
+    for message in ranks(_steps_after):
+        assert "averaged over the ranks in a backward that no step follows" in message
 
 
 def _refused(rank: int, strategy: str) -> str:
