@@ -355,24 +355,19 @@ def test_adapters_stay_fp32_and_the_frozen_base_becomes_bf16() -> None:
     assert sum(module.losses[-3:]) < sum(module.losses[:3])
 
 
-def _train_on_two_ranks(rank: int, way: str, name: str | None) -> tuple[list[float], list[Tensor]]:
+def _train_on_two_ranks(rank: int, way: str, name: str | None, strategy: str) -> tuple[list[float], list[Tensor]]:
     module = LitLM()
     callbacks = [LowMemoryOptimizer(name)] if name else []
-    trainer = make_trainer(
-        plugins=[BF16Precision(way)],
-        callbacks=callbacks,
-        devices=2,
-        strategy="ddp",
-        max_epochs=2,
-        use_distributed_sampler=True,
-    )
+    plugins = [BF16Precision(way)]
+    trainer = make_trainer(plugins=plugins, callbacks=callbacks, devices=2, strategy=strategy, max_epochs=2)
     trainer.fit(module, make_loader())
     return module.losses, [p.detach().clone() for p in module.parameters()]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "memsave_ddp"])
 @pytest.mark.parametrize(("way", "name"), [("stochastic", None), ("split", None), ("split", "adamw_split_master")])
-def test_replicas_stay_equal_under_ddp(ranks, way, name) -> None:
-    (losses, first), (other, second) = ranks(_train_on_two_ranks, way, name)
+def test_replicas_stay_equal_under_data_parallel(ranks, way, name, strategy) -> None:
+    (losses, first), (other, second) = ranks(_train_on_two_ranks, way, name, strategy)
     assert losses != other, "the ranks saw the same batches"
     assert all(torch.equal(p, q) for p, q in zip(first, second))
 
