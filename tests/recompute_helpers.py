@@ -115,6 +115,6 @@ class EmbeddedLM(TinyLM):
 def live_bytes() -> int:
     """Return the bytes of all tensors that are alive, each storage once."""
     gc.collect()
-    # Not isinstance: a compiler that ran before leaves fake tensors, which have no storage.
-    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    # Not isinstance: a compiler that ran before leaves fake tensors, which have no storage. Nor have sparse ones.
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

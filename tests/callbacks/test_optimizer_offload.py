@@ -12,9 +12,10 @@ import pytest
 import pytorch_lightning  # noqa: TID251  (both namespaces are under test)
 import torch
 from helpers import LitLM, make_loader, make_trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from offload_helpers import FakeBoundary, fake_device
+from packaging.version import Version
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
@@ -403,6 +404,9 @@ def test_gradients_leave_the_device_after_they_were_averaged_by_memsave_ddp(rank
 # -- between phases ----------------------------------------------------------------------------------------------------
 # LitLM may build itself in configure_model, of which averaging warns
 AVERAGING = pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+NEEDS_AVERAGING = pytest.mark.skipif(
+    Version(pl.__version__) < Version("2.6"), reason="Lightning averages weights from 2.6 on"
+)
 
 
 class Watch(pl.Callback):
@@ -427,12 +431,12 @@ class Watch(pl.Callback):
 
 
 @AVERAGING
-@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("average", [False, pytest.param(True, marks=NEEDS_AVERAGING)])
 @pytest.mark.parametrize("order", [1, -1])
 def test_state_and_averages_wait_on_the_host_while_a_validation_runs(average: bool, order: int, monkeypatch) -> None:
     def run(*extra: Any) -> Any:
         module, watch = LitLM(), Watch()
-        averaging = [EMAWeightAveraging(decay=0.5)] if average else []
+        averaging = [pl.callbacks.EMAWeightAveraging(decay=0.5)] if average else []
         callbacks = [*extra, *averaging][::order]
         trainer = fit(
             module, *callbacks, watch, val=make_loader(), max_epochs=2, num_sanity_val_steps=2, val_check_interval=2
@@ -470,6 +474,7 @@ def test_an_exception_in_a_validation_leaves_everything_on_the_device(monkeypatc
 
 
 @AVERAGING
+@NEEDS_AVERAGING
 def test_a_checkpoint_inside_of_a_validation_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_device(monkeypatch)
 
@@ -478,7 +483,7 @@ def test_a_checkpoint_inside_of_a_validation_is_whole(monkeypatch: pytest.Monkey
             if batch_idx == 1 and not self.trainer.sanity_checking:
                 self.trainer.save_checkpoint(tmp_path / "inside.ckpt")
 
-    trainer = fit(Saves(), OptimizerOffload(when="evaluation"), EMAWeightAveraging(), val=make_loader())
+    trainer = fit(Saves(), OptimizerOffload(when="evaluation"), pl.callbacks.EMAWeightAveraging(), val=make_loader())
     saved = torch.load(tmp_path / "inside.ckpt", weights_only=True)
     assert equal(values(saved["optimizer_states"][0]), state_of(trainer))
     assert all(v.numel() for v in saved["current_model_state"].values())

@@ -82,7 +82,7 @@ def _train_fsdp2(rank: int) -> list[tuple[list[float], dict[str, Tensor]]]:
     from torch.distributed.tensor import DTensor
 
     results = []
-    for callbacks in ([], [make(name, "language") for name in EXACT]):
+    for callbacks in ([], [make(name, "language") for name in EXACT if cell(name, "fsdp2")[0] == "yes"]):
         module = ShardedLM(build_in="configure_model", width=32)
         trainer = make_trainer(
             pl,

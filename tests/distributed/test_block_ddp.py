@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import LitLM, TinyLM, make_loader, make_trainer
 from lightning.pytorch.strategies import DDPStrategy
 from live_bytes import LiveBytes
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lightning_memsave import (
@@ -146,7 +147,9 @@ def _namespaces(rank: int, folder: str) -> dict[str, list[Any]]:
             namespace, theirs = in_namespace(name)
             _, ours = in_namespace(name)
             train("ddp", module=theirs, namespace=namespace)
-            io = importlib.import_module(f"{name}.plugins.io").AsyncCheckpointIO()
+            # one of the user's own; before Lightning 2.6 the asynchronous one cannot save after a fit
+            kind = "AsyncCheckpointIO" if Version(pl.__version__) >= Version("2.6") else "TorchCheckpointIO"
+            io = getattr(importlib.import_module(f"{name}.plugins.io"), kind)()
             _, trainer = train(
                 how if how == "memsave_ddp" else block_ddp(), module=ours, namespace=namespace, plugins=[io]
             )

@@ -19,8 +19,8 @@ from lightning_memsave.units import MIB
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 
 # Blocks below glibc's threshold with used ones between them, which are too large for holes elsewhere: freed, they stay
-# resident. 300 MiB are freed between 75 MiB, and 80 MiB are added: a trimmed process has grown by about 155 MiB, another
-# by about 455 MiB. At the end it waits for the trimmer's thread, which a busy machine may run late.
+# resident. 300 MiB are freed between 75 MiB, and 80 MiB are added: a trimmed process has grown by about 155 MiB, and
+# another by about 455 MiB. At the end it waits for the trimmer's thread, which a busy machine may run late.
 FRAGMENT = """
 import sys, time, torch
 from lightning_memsave.memory.heap_trim import HeapTrimmer
