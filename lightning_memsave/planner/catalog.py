@@ -156,7 +156,7 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="CheckpointRehearsal",
         group="checkpoint",
-        saves="nothing: writes, reads and compares one checkpoint after the first step, so that a bad one is found then",
+        saves="nothing: writes, reads and compares one checkpoint after the first step, which finds a bad one then",
         costs="the size of one checkpoint on disk and the time to write and read it, once",
         numerics="exact",
         use_when="with an optimizer or strategy whose checkpoints were never resumed here",
@@ -211,6 +211,7 @@ CATALOG: tuple[Method, ...] = (
         costs="nothing measurable; three buckets (75 MiB) during backward",
         numerics="exact",
         use_when='data parallel on several devices: strategy="memsave_ddp" instead of "ddp"',
+        measured="process peak in weights (96 MiB, AdamW, 4 MiB buckets): 5.31 -> 4.32, 3.47 with GradientRelease",
         source="Li et al. 2020, https://arxiv.org/abs/2006.15704",
         slot="strategy",
     ),

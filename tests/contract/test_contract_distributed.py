@@ -27,13 +27,13 @@ def _half(batch: Any, rank: int) -> Any:
     return {k: v[rank::2] for k, v in batch.items()} if isinstance(batch, dict) else batch[rank::2]
 
 
-def _train_ddp(rank: int, kind: str, names: list[tuple[str, ...]]) -> Results:
+def _train_ddp(rank: int, kind: str, names: list[tuple[str, ...]], strategy: str = "ddp") -> Results:
     """Train on this rank's half of each batch, once per list of methods."""
     results = {}
     for chosen in names:
         module = build(kind)
         trainer = trainer_for(
-            kind, [make(name, kind) for name in chosen], strategy="ddp", devices=2, use_distributed_sampler=False
+            kind, [make(name, kind) for name in chosen], strategy=strategy, devices=2, use_distributed_sampler=False
         )
         torch.manual_seed(1)
         trainer.fit(module, loader([_half(batch, rank) for batch in KINDS[kind].batches()]))
@@ -60,6 +60,28 @@ def test_ddp_with_the_other_methods_keeps_the_ranks_equal(ranks: Callable[..., l
         other_losses, other_state = second[key]
         assert losses != other_losses, "each rank has data of its own"
         assert_same_state(state, other_state)
+
+
+def _train_both(rank: int, kind: str, names: list[tuple[str, ...]]) -> tuple[Results, Results]:
+    return _train_ddp(rank, kind, [()]), _train_ddp(rank, kind, names, "memsave_ddp")
+
+
+def test_memsave_ddp_with_an_exact_method_equals_ddp_without(ranks: Callable[..., list[Any]]) -> None:
+    names = [(), *((name,) for name in EXACT), EXACT]
+    for plain, results in ranks(_train_both, "dropout", names):
+        plain_losses, plain_state = plain[""]
+        for losses, state in results.values():
+            assert losses == plain_losses
+            assert_same_state(state, plain_state)
+
+
+def test_memsave_ddp_with_the_other_methods_is_ddp_with_them(ranks: Callable[..., list[Results]]) -> None:
+    names = [(name,) for name in OTHERS if cell(name, "ddp")[0] != "no"]
+    theirs, ours = ranks(_train_ddp, "hf_llama", names), ranks(_train_ddp, "hf_llama", names, "memsave_ddp")
+    for expected, found in zip(theirs, ours, strict=True):
+        for key, (losses, state) in found.items():
+            assert losses == expected[key][0], key
+            assert_same_state(state, expected[key][1])
 
 
 class ShardedLM(LitLM):
