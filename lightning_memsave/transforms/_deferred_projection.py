@@ -202,6 +202,8 @@ class _ModuleRun:
         """Add to the parameters' gradients and return that of the rows."""
         assert self.graph is not None
         (leaf, z), self.graph = self.graph, None
+        if not z.requires_grad:  # adapters that were not in use
+            return torch.zeros_like(leaf) if self.needs_hidden else None
         inputs = [*([leaf] if self.needs_hidden else []), *self.parameters]
         found = list(torch.autograd.grad(z, inputs, dz.to(z.dtype), allow_unused=True))
         of_rows = found.pop(0) if self.needs_hidden else None

@@ -82,7 +82,8 @@ class Source:
         self.adapters = adapter_state(patch.module)
         self.weights = [weakref.ref(p) for p in patch.module.parameters()]
         self.versions = self._versions()
-        self.touched = False  # somebody changed the logits in place, or watches them: only the real ones count
+        # Only the real logits count: they were changed in place, their gradient is watched, or they outlived the step.
+        self.touched = False
         self.hooks: list[Callable[[Tensor], Any]] = []
         self.best_rows: Tensor | None = None  # the likeliest class of every row, -1 where unknown
         self.best_steps: object = None
