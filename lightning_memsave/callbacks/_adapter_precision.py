@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_memsave.callbacks._session import Session, hook_instance
-from lightning_memsave.errors import ConfigurationError
 from lightning_memsave.transforms._adapter_layers import kept_in_dtype
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
-__all__ = ["keep_adapter_dtype", "need_trainable"]
+__all__ = ["keep_adapter_dtype"]
 
 
 class _KeptDtype:
@@ -33,19 +32,3 @@ class _KeptDtype:
 def keep_adapter_dtype(trainer: Trainer) -> None:
     """Let the precision plugin convert everything but the adapters, in this run."""
     Session.of(trainer).shared("adapter_dtype", lambda: _KeptDtype(trainer.precision_plugin))
-
-
-def need_trainable(trainer: Trainer, module: LightningModule, stage: str, subject: str) -> None:
-    """Refuse, before the optimizers are made, to train a module that has nothing left to train."""
-    if stage != "fit":
-        return
-
-    def check() -> None:
-        if not any(p.requires_grad for p in module.parameters()):
-            raise ConfigurationError(
-                f"{subject}: no trainable parameter left in {type(module).__name__}: quantized weights are frozen, and "
-                f"nothing else trains. Add LoRA(rank=8) next to {subject}, use QLoRA(rank=16) instead of it, or leave "
-                "a head trainable (requires_grad=True)."
-            )
-
-    Session.of(trainer).before_optimizers(module, check)

@@ -179,6 +179,10 @@ class Session:
 
         self._arm_once(module, "configure_optimizers", checked)
 
+    def around_optimizers(self, module: LightningModule, around: Callable[[Callable[[], Any]], Any]) -> None:
+        """Call ``around(configure_optimizers)`` once in place of ``configure_optimizers``."""
+        self._arm_once(module, "configure_optimizers", around)
+
     def shared(self, key: str, factory: Callable[[], ClosableT]) -> ClosableT:
         """Return the one object of that key, made at the first call and closed with the session."""
         if key not in self._shared:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_memsave._match import Patterns
 from lightning_memsave.callbacks._adapter_precision import keep_adapter_dtype
+from lightning_memsave.callbacks._frozen_checks import check_optimizers
 from lightning_memsave.callbacks._weight_options import adapter_problems, adapter_settings, choice_problems
 from lightning_memsave.callbacks.model_transform import ModelTransform
 from lightning_memsave.errors import raise_problems
@@ -109,4 +110,5 @@ class LoRA(ModelTransform):
 
         super().setup(trainer, pl_module, stage)
         keep_adapter_dtype(trainer)
+        check_optimizers(trainer, pl_module, stage, type(self).__name__)
         attach_adapter_checkpoint(trainer, pl_module, type(self).__name__)

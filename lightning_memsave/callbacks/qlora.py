@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_memsave._match import Patterns
 from lightning_memsave.callbacks._adapter_precision import keep_adapter_dtype
+from lightning_memsave.callbacks._frozen_checks import check_optimizers
 from lightning_memsave.callbacks._weight_options import (
     adapter_problems,
     adapter_settings,
@@ -108,6 +109,7 @@ class QLoRA(ModelTransform):
 
         super().setup(trainer, pl_module, stage)
         keep_adapter_dtype(trainer)
+        check_optimizers(trainer, pl_module, stage, type(self).__name__)
         attach_adapter_checkpoint(trainer, pl_module, type(self).__name__)
 
     def loading_config(self) -> Any:

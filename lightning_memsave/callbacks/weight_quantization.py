@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from lightning_memsave._match import Patterns
-from lightning_memsave.callbacks._adapter_precision import need_trainable
+from lightning_memsave.callbacks._frozen_checks import check_optimizers, need_trainable
 from lightning_memsave.callbacks._weight_options import (
     choice_problems,
     kind_problems,
@@ -102,6 +102,7 @@ class WeightQuantization(ModelTransform):
         from lightning_memsave.callbacks._checkpoint import attach_adapter_checkpoint
 
         super().setup(trainer, pl_module, stage)
+        check_optimizers(trainer, pl_module, stage, type(self).__name__)
         need_trainable(trainer, pl_module, stage, type(self).__name__)
         attach_adapter_checkpoint(trainer, pl_module, type(self).__name__)
 

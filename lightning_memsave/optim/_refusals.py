@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from lightning_memsave.optim.registry import OptimizerRow
 
-__all__ = ["refusals", "sparse_problems"]
+__all__ = ["packed_weight_problems", "refusals", "sparse_problems"]
 
 # class name -> why it is not replaced
 _BY_NAME = {
@@ -59,6 +59,32 @@ def sparse_problems(module: nn.Module, optimizers: Iterable[Optimizer], row: Opt
         f"{name} makes sparse gradients, which {row.name} does not read. Write sparse=False."
         for name, m in module.named_modules()
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse and id(m.weight) in stepped
+    ]
+
+
+def packed_weight_problems(configured: Any) -> list[str]:
+    """Return one sentence for every LBFGS that was given weights which are not numbers to move.
+
+    Others skip what has no gradient; LBFGS gathers all it was given into one vector.
+
+    Args:
+        configured: What ``configure_optimizers`` returned.
+
+    """
+    if isinstance(configured, Mapping):
+        return [problem for value in configured.values() for problem in packed_weight_problems(value)]
+    if isinstance(configured, (list, tuple)):
+        return [problem for value in configured for problem in packed_weight_problems(value)]
+    if not isinstance(configured, torch.optim.LBFGS):
+        return []
+    parameters = [p for group in configured.param_groups for p in group["params"]]
+    packed = sum(not p.is_floating_point() for p in parameters)
+    if not packed:
+        return []
+    return [
+        f"{type(configured).__name__} was given {packed} quantized weights among its {len(parameters)} parameters, and "
+        "it moves all of them as one vector. Give it those that train: "
+        "torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad])."
     ]
 
 

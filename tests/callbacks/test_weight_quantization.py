@@ -9,7 +9,7 @@ import torch
 from helpers import LitLM, make_loader, make_trainer
 from torch import nn
 
-from lightning_memsave import LoRA, WeightQuantization, apply
+from lightning_memsave import LoRA, QLoRA, WeightQuantization, apply
 from lightning_memsave.errors import ConfigurationError, IncompatibleMethodsError, MissingDependencyError
 
 KINDS = ("nf4", "fp4", "int8")
@@ -50,6 +50,59 @@ def test_a_fit_with_nothing_left_to_train_is_refused_with_what_to_write() -> Non
     module.requires_grad_(False)
     with pytest.raises(ConfigurationError, match=r"(?s)no trainable parameter left in LitLM.*LoRA\(rank=8\).*QLoRA"):
         make_trainer(callbacks=[WeightQuantization()]).fit(module, make_loader())
+
+
+class LineSearch(LitLM):
+    """LBFGS over everything, or over what trains."""
+
+    only_trainable = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad or not self.only_trainable])]
+
+
+@pytest.mark.parametrize("saver", [WeightQuantization, QLoRA])
+def test_lbfgs_over_packed_weights_is_refused_by_name(saver: Any) -> None:
+    module = LineSearch()
+    with pytest.raises(
+        ConfigurationError, match=rf"{saver.__name__}: LBFGS was given 12 quantized weights .*if p.requires_grad"
+    ):
+        make_trainer(callbacks=[saver()]).fit(module, make_loader())
+    assert module.losses == []
+
+
+def test_lbfgs_over_what_trains_runs() -> None:
+    module = LineSearch()
+    module.only_trainable = True
+    make_trainer(callbacks=[WeightQuantization()], max_steps=1).fit(module, make_loader())
+    assert module.losses[-1] < module.losses[0]
+
+
+class TwoOptimizers(LitLM):
+    """One optimizer for the linear layers of the blocks, one for the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        blocks = [p for p in self.net.blocks.parameters() if p.ndim > 1 and p.requires_grad]
+        return [torch.optim.AdamW(blocks), torch.optim.AdamW(self.net.embedding.parameters())]
+
+
+class WrongGroups(LitLM):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=-1.0)
+
+
+def test_an_optimizer_left_with_nothing_is_said_by_name() -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"WeightQuantization: configure_optimizers of TwoOptimizers makes an optimizer of no parameters.*skip=",
+    ):
+        make_trainer(callbacks=[WeightQuantization()]).fit(TwoOptimizers(), make_loader())
+    with pytest.raises(ValueError, match="Invalid learning rate"):  # what else is wrong stays torch's to say
+        make_trainer(callbacks=[WeightQuantization()]).fit(WrongGroups(), make_loader())
 
 
 def test_evaluation_needs_nothing_to_train() -> None:
