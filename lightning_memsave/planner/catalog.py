@@ -222,6 +222,7 @@ CATALOG: tuple[Method, ...] = (
         costs="two fp32 copies of a bucket of parameters in the step; gradients accumulate in bf16",
         numerics="statistical",
         use_when="full-parameter training in bf16 without losing small updates; split beside adamw_split_master: 5 B a value",
+        measured="losses within 0.003 of fp32 AdamW in 400 small steps (split), bf16-true 0.99: tests/precision",
         init_args={"weights": "split"},
         source="Zamirai et al. 2020, https://arxiv.org/abs/2010.06192; FlashOptim 2026, https://arxiv.org/abs/2602.23349",
         slot="plugins",
