@@ -12,6 +12,7 @@ from lightning_memsave.transforms._frozen import (
     forward_frozen_embedding,
     forward_frozen_linear,
 )
+from lightning_memsave.transforms._mapped import leave_mapped_files
 from lightning_memsave.transforms._patch import InstanceForward, patch_forward
 from lightning_memsave.transforms._selection import kept_in_fp32, linear_kind
 
@@ -58,6 +59,8 @@ def store_frozen(root: nn.Module, dtype: torch.dtype) -> list[Callable[[], None]
         if type(module) is nn.Embedding and id(weight) in converted and weight is not None:
             undos.append(patch_forward(module, forward_frozen_embedding, dtype=weight.dtype))
     undos += [_narrow(parameters[key], dtype) for key in converted]
+    if converted:
+        leave_mapped_files(root)
     return undos
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_memsave._match import match_modules
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError
 from lightning_memsave.transforms._adapter_layers import adapter_parameters
+from lightning_memsave.transforms._mapped import leave_mapped_files
 
 __all__ = ["NORMS", "Cast", "cast_to_bf16"]
 
@@ -82,6 +83,8 @@ def cast_to_bf16(
     for module in root.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
+    if cast.trained or cast.frozen:
+        leave_mapped_files(root)
     cast.bytes_after = sum(p.nbytes for p in root.parameters())
     return cast
 

@@ -20,6 +20,7 @@ from lightning_memsave.transforms._bnb_layers import (
     use_our_forward,
 )
 from lightning_memsave.transforms._fast_path import disable_fast_paths
+from lightning_memsave.transforms._mapped import leave_mapped_files
 from lightning_memsave.transforms._pass import Applied
 from lightning_memsave.transforms._selection import (
     Selection,
@@ -107,6 +108,8 @@ def quantize_weights(root: nn.Module, settings: Quantization) -> Applied:
                 )
             )
             after += quantized_bytes(layer)
+        if selection.names:
+            leave_mapped_files(root)
         undos.append(_freeze_biases(root, selection.names))
         undos.append(disable_fast_paths(root, [*present, *selection.names]))
     except BaseException:
