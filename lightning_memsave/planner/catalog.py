@@ -106,6 +106,7 @@ CATALOG: tuple[Method, ...] = (
         costs="no time with mean and sum; the gradient of a trainable head is held from the forward on",
         numerics="bounded",
         use_when="a large vocabulary: language models, thousands of classes",
+        measured="head of 49152 x 576, 1024 tokens, CPU: 604 -> 167 MB trained, 54 MB frozen; 0.87 of the time",
         source="Hsu et al. 2024, https://arxiv.org/abs/2410.10989",
     ),
     Method(
@@ -218,10 +219,10 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="BF16Precision",
         group="weights",
-        saves="of 4 bytes a weight and 4 a gradient: 2 + 2 (stochastic), 1 + 2 (split), 0 + 2 (kahan); half of activations",
+        saves="of 4 bytes a weight: 2 (stochastic), 1 (split), 0 (kahan); of 4 a gradient: 2; half of the activations",
         costs="two fp32 copies of a bucket of parameters in the step; gradients accumulate in bf16",
         numerics="statistical",
-        use_when="full-parameter training in bf16 without losing small updates; split beside adamw_split_master: 5 B a value",
+        use_when="all parameters train: split beside adamw_split_master holds weights, masters and moments in 5 bytes",
         measured="losses within 0.003 of fp32 AdamW in 400 small steps (split), bf16-true 0.99: tests/precision",
         init_args={"weights": "split"},
         source="Zamirai et al. 2020, https://arxiv.org/abs/2010.06192; FlashOptim 2026, https://arxiv.org/abs/2602.23349",
