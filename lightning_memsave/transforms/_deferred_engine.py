@@ -115,8 +115,8 @@ class _Pass:
         return make(self.base.shape, dtype=self.call.products.dtype, device=self.base.device)
 
     def parameter_gradients(self, tensors: Sequence[Tensor | None], scale: Tensor | None) -> list[Tensor | None]:
-        """Return the sums in the dtypes of the parameters, and let go of them."""
-        sums, self.run.sums = self.run.sums, []
+        """Return the sums in the dtypes of the parameters, and let go of everything else."""
+        sums = self.run.close()
         found: list[Tensor | None] = []
         while sums:
             total, tensor = sums.pop(0), tensors[len(found)]
@@ -143,13 +143,28 @@ def _backward_rows(
         passed = _Pass(call, hidden, tensors, needs)
         total = passed.new_total() if needs[0] else None
         for rows in passed.chunks():
-            z = passed.logits(rows)
-            call.task.value_and_grad(z, rows, upstream[rows])
-            gradient = passed.gradients(z)
-            if total is not None:
-                passed.into(total, rows, gradient)
+            _upstream_gradients(passed, rows, upstream, total)
         of_tensors = passed.parameter_gradients(tensors, None)
     return [None if total is None else total.view(hidden.shape).to(hidden.dtype), *of_tensors]
+
+
+def _value_and_gradients(passed: _Pass, rows: slice, out: Tensor, of_hidden: Tensor | None, reduced: bool) -> None:
+    z = passed.logits(rows)
+    out[rows] = passed.call.task.value_and_grad(z, rows, None)
+    gradient = passed.gradients(z)
+    if of_hidden is not None and reduced:
+        passed.into(of_hidden, rows, gradient)
+    elif of_hidden is not None:
+        assert gradient is not None
+        of_hidden[rows] = gradient
+
+
+def _upstream_gradients(passed: _Pass, rows: slice, upstream: Tensor, total: Tensor | None) -> None:
+    z = passed.logits(rows)
+    passed.call.task.value_and_grad(z, rows, upstream[rows])
+    gradient = passed.gradients(z)
+    if total is not None:
+        passed.into(total, rows, gradient)
 
 
 class _Chunked(torch.autograd.Function):
@@ -166,17 +181,10 @@ class _Chunked(torch.autograd.Function):
             out = call.task.output(passed.num_rows, like)
             of_hidden = _gradient_of_hidden(passed, reduced) if now and needs[0] else None
             for rows in passed.chunks():
-                z = passed.logits(rows)
-                if not now:
-                    out[rows] = call.task.value(z, rows)
-                    continue
-                out[rows] = call.task.value_and_grad(z, rows, None)
-                gradient = passed.gradients(z)
-                if of_hidden is not None and reduced:
-                    passed.into(of_hidden, rows, gradient)
-                elif of_hidden is not None:
-                    assert gradient is not None
-                    of_hidden[rows] = gradient
+                if now:
+                    _value_and_gradients(passed, rows, out, of_hidden, reduced)
+                else:
+                    out[rows] = call.task.value(passed.logits(rows), rows)
             normalizer = call.task.normalizer(like) if call.reduction == "mean" else None  # type: ignore[attr-defined]
             scale = None if normalizer is None else normalizer.reciprocal().nan_to_num(posinf=0.0)
             of_tensors = passed.parameter_gradients(tensors, scale) if now else []

@@ -161,6 +161,12 @@ class _LinearRun:
             bias_sum.add_(dz.sum(dim=0))
         return narrow @ self.weight if self.needs_hidden else None
 
+    def close(self) -> list[Tensor | None]:
+        """Give the sums away, and let go of the buffer and the cast weight."""
+        del self.buffer, self.weight, self.bias
+        sums, self.sums = self.sums, []
+        return sums
+
     def _add_weight(self, total: Tensor, dz: Tensor, rows: Tensor) -> None:
         if self.dtype == self.wide:
             total.addmm_(dz.t(), rows)
@@ -211,3 +217,8 @@ class _ModuleRun:
             if gradient is not None:
                 total.add_(gradient)
         return of_rows
+
+    def close(self) -> list[Tensor | None]:
+        """Give the sums away."""
+        sums, self.sums = self.sums, []
+        return sums
