@@ -12,7 +12,7 @@ from lightning_memsave.transforms._frozen import (
     forward_frozen_embedding,
     forward_frozen_linear,
 )
-from lightning_memsave.transforms._mapped import leave_mapped_files
+from lightning_memsave.transforms._mapped import MappedFiles, leave_mapped_files
 from lightning_memsave.transforms._patch import InstanceForward, patch_forward
 from lightning_memsave.transforms._selection import kept_in_fp32, linear_kind
 
@@ -58,7 +58,8 @@ def store_frozen(root: nn.Module, dtype: torch.dtype) -> list[Callable[[], None]
         weight = module._parameters.get("weight")
         if type(module) is nn.Embedding and id(weight) in converted and weight is not None:
             undos.append(patch_forward(module, forward_frozen_embedding, dtype=weight.dtype))
-    undos += [_narrow(parameters[key], dtype) for key in converted]
+    files = MappedFiles()
+    undos += [_narrow(parameters[key], dtype, files) for key in converted]
     if converted:
         leave_mapped_files(root)
     return undos
@@ -75,9 +76,12 @@ def _casts_weights(module: nn.Module) -> bool:
     return linear_kind(module) is not None and isinstance(forward, InstanceForward)
 
 
-def _narrow(parameter: nn.Parameter, dtype: torch.dtype) -> Callable[[], None]:
+def _narrow(parameter: nn.Parameter, dtype: torch.dtype, files: MappedFiles) -> Callable[[], None]:
     old = parameter.dtype
-    parameter.data = parameter.data.to(dtype)
+    wide = parameter.detach()
+    parameter.data = wide.to(dtype)
+    files.release(wide)
+    del wide
 
     def undo() -> None:
         parameter.data = parameter.data.to(old)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_memsave._match import match_modules
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError
 from lightning_memsave.transforms._adapter_layers import adapter_parameters
-from lightning_memsave.transforms._mapped import leave_mapped_files
+from lightning_memsave.transforms._mapped import MappedFiles, leave_mapped_files
 
 __all__ = ["NORMS", "Cast", "cast_to_bf16"]
 
@@ -75,8 +75,9 @@ def cast_to_bf16(
     _keep_tied(root, kept, wide)
     before = sum(p.nbytes for p in root.parameters())
     cast = Cast([], [], 0, [name for name, _ in kept], before, 0)
+    files = MappedFiles()
     for p in root.parameters():
-        _cast_parameter(p, wide, keep, cast)
+        _cast_parameter(p, wide, keep, cast, files)
     _cast_buffers(root, {id(m) for _, module in kept for m in module.modules()})
     for _, module in kept:
         _compute_in_fp32(module)
@@ -90,7 +91,11 @@ def cast_to_bf16(
 
 
 def _cast_parameter(
-    p: nn.Parameter, wide: set[int], keep: Callable[[nn.Parameter, Tensor], Tensor] | None, cast: Cast
+    p: nn.Parameter,
+    wide: set[int],
+    keep: Callable[[nn.Parameter, Tensor], Tensor] | None,
+    cast: Cast,
+    files: MappedFiles,
 ) -> None:
     if id(p) in wide:
         return
@@ -102,6 +107,7 @@ def _cast_parameter(
             p.data = keep(p, values if values.dtype == torch.float32 else values.float())
         else:
             p.data = values.to(torch.bfloat16)
+        files.release(values)
         if p.requires_grad:
             cast.trained.append(p)
         else:

@@ -20,7 +20,7 @@ from lightning_memsave.transforms._bnb_layers import (
     use_our_forward,
 )
 from lightning_memsave.transforms._fast_path import disable_fast_paths
-from lightning_memsave.transforms._mapped import leave_mapped_files
+from lightning_memsave.transforms._mapped import MappedFiles, leave_mapped_files
 from lightning_memsave.transforms._pass import Applied
 from lightning_memsave.transforms._selection import (
     Selection,
@@ -95,9 +95,11 @@ def quantize_weights(root: nn.Module, settings: Quantization) -> Applied:
     try:
         for name in present:
             undos.append(use_our_forward(root.get_submodule(name), settings.compute_dtype))
+        files = MappedFiles()
         for name in selection.names:
             layer = root.get_submodule(name)
-            before += layer.get_parameter("weight").nbytes
+            old = layer.get_parameter("weight").detach()
+            before += old.nbytes
             undos.append(
                 quantize_layer(
                     layer,
@@ -107,6 +109,8 @@ def quantize_weights(root: nn.Module, settings: Quantization) -> Applied:
                     subject=settings.subject,
                 )
             )
+            files.release(old)
+            del old
             after += quantized_bytes(layer)
         if selection.names:
             leave_mapped_files(root)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_memsave import LoRA, WeightQuantization, apply
-from lightning_memsave.transforms._mapped import leave_mapped_files
+from lightning_memsave.transforms._mapped import MappedFiles, leave_mapped_files
 from lightning_memsave.transforms.bf16 import cast_to_bf16
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
@@ -74,3 +74,39 @@ def test_what_converts_most_weights_lets_go_of_the_file(mapped, how):
         cast_to_bf16(net, ("*norm*",))
     assert not in_maps(path)
     assert net(torch.ones(2, 64, dtype=torch.bfloat16 if how == "bf16" else None)).isfinite().all()
+
+
+def test_pages_are_given_back_as_tensors_are_converted_and_read_again_where_wanted(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "large.safetensors"
+    save_file({"a": torch.arange(2**20, dtype=torch.float32), "b": torch.ones(2**20)}, path)
+    held = load_file(path)
+    sums = {name: float(value.sum()) for name, value in held.items()}  # every page was read
+    before = resident(path)
+    MappedFiles().release(held["a"])
+    assert before - resident(path) > 3.9 * 2**20
+    assert {name: float(value.sum()) for name, value in held.items()} == sums
+
+
+def test_pages_that_were_written_on_are_kept(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "large.safetensors"
+    save_file({"a": torch.zeros(2**20), "b": torch.zeros(2**20)}, path)
+    held = load_file(path)
+    held["a"].add_(1)
+    MappedFiles().release(held["a"])
+    assert float(held["a"].sum()) == 2**20
+
+
+def test_memory_of_torchs_own_is_never_given_back():
+    x = torch.ones(2**20)
+    MappedFiles().release(x)
+    assert float(x.sum()) == 2**20
+
+
+def resident(path: Path) -> int:
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [i for i, line in enumerate(lines) if line.endswith(str(path))]
+    return sum(int(next(x for x in lines[i:] if x.startswith("Rss:")).split()[1]) * 1024 for i in starts)
