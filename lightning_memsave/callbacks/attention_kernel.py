@@ -35,8 +35,9 @@ class AttentionKernel(ModelTransform):
     **Costs** one pass over each mask a step (two synchronisations on an accelerator), and about a microsecond for each
     torch function that is called from Python.
     **Numerics** are those of the kernel: another order of summation, exact masks.
-    **Does not combine with** attention written as ``softmax(q @ k) @ v``, which no callback can see. Regions
-    compiled by ``torch.compile`` are left as they are.
+    **Does not combine with** attention written as ``softmax(q @ k) @ v``, which no callback can see, and Hugging Face
+    models called with ``output_attentions=True``, which need their eager attention. Regions compiled by
+    ``torch.compile`` are left as they are.
 
     Args:
         implementation: ``"auto"`` lets torch take the best kernel for each call, and moves eager Hugging Face models
@@ -108,7 +109,7 @@ class AttentionKernel(ModelTransform):
             half = "mixed" in str(trainer.precision) or str(trainer.precision).endswith("16-true")
             half = half or next((p.itemsize == 2 for p in module.parameters()), False)
             applied, change = set_attention(module, self.implementation, device_type=device, half=half)
-            run = session.shared(_KEY, lambda: AttentionRun(module, self.implementation, outside=change.outside))
+            run = session.shared(_KEY, lambda: AttentionRun(module, self.implementation, change))
             session.add_context(type(self).__name__, run.context)
             return applied
 

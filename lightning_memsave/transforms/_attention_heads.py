@@ -38,19 +38,18 @@ class RepeatedHeads:
         """Return the ``(B, key heads, S, D)`` tensor whose heads were repeated to make ``tensor``, or ``None``."""
         if tensor.is_inference():
             return None
-        entry, turned = self._repeated.get(tensor), False
-        if entry is None and tensor._base is not None:
-            base = tensor._base
-            entry, turned = self._repeated.get(base), True
-            swapped = base.transpose(1, 2) if base.ndim == 4 else base
+        made, turned = tensor, False
+        if tensor not in self._repeated and tensor._base is not None and tensor._base.ndim == 4:
+            made, turned = tensor._base, True
+            swapped = made.transpose(1, 2)
             if swapped.shape != tensor.shape or swapped.stride() != tensor.stride():
                 return None
-        if entry is None:
+        if made not in self._repeated:
             return None
-        source, copies, heads, versions = entry
-        if heads != (2 if turned else 1) or versions != (source._version, tensor._version):
+        source, copies, heads, versions = self._repeated[made]
+        if heads != (2 if turned else 1) or versions != (source._version, made._version):
             return None
-        if source.requires_grad != tensor.requires_grad or tensor._backward_hooks or tensor.retains_grad:
+        if source.requires_grad != tensor.requires_grad or any(_is_watched(t) for t in (tensor, made)):
             return None
         if copies is not None:
             source = source.squeeze(copies)
@@ -87,6 +86,11 @@ class RepeatedHeads:
             if heads in (1, 2):
                 self._repeated[out] = (given, None, heads, (given._version, out._version))
         return out
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether somebody wants the gradient of this very tensor."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
 
 
 def _plain(tensor: Any, ndim: int) -> bool:

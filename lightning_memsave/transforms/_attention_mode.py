@@ -199,7 +199,7 @@ class AttentionMode(TorchFunctionMode):
         )
 
     def _layer(self) -> tuple[str, str]:
-        """Return the class and the qualified name of the module that is calling; looked up in the frames, on first calls only."""
+        """Return the class and the name of the calling module: looked up in the frames, on first calls only."""
         frame = sys._getframe(1)
         while frame is not None:
             code = frame.f_code

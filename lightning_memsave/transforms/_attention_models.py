@@ -137,7 +137,7 @@ def _try(model: Any, wanted: str, change: ModelsChange) -> str:
         model.set_attn_implementation({"": wanted})
     except (ValueError, ImportError) as error:
         config._attn_implementation_internal = old
-        return str(error).split("\n")[0].rstrip(".")
+        return str(error).split("\n")[0].split(". ")[0].rstrip(".")
     if config._attn_implementation != wanted:
         return "its attention cannot be changed once it is made"
     change.changed += 1

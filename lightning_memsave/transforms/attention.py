@@ -75,15 +75,16 @@ class AttentionRun:
     Args:
         root: The model.
         implementation: One of ``IMPLEMENTATIONS``.
-        outside: Whether a part of the model runs kernels that are not seen here.
+        change: What was set on its Hugging Face models.
 
     """
 
-    def __init__(self, root: nn.Module, implementation: str, *, outside: bool = False) -> None:
+    def __init__(self, root: nn.Module, implementation: str, change: ModelsChange) -> None:
         names = {id(module): name for name, module in root.named_modules()}
         self.implementation = implementation
         self.mode = AttentionMode(implementation, names)
-        self.outside = outside
+        self.outside = change.outside
+        self._note = f" ({'; '.join(change.lines)})" if change.lines else ""
         self._active = False
         self._said: set[tuple[str, str, str]] = set()
         # torch's own inference path of these is not taken while a mode looks at the calls
@@ -137,8 +138,8 @@ class AttentionRun:
             return lines
         if mode.with_weights:
             lines.append(
-                f"math: {shown_layers(mode.with_weights)} returns attention weights, so tokens * tokens scores are kept: "
-                "call it with need_weights=False"
+                f"math: {shown_layers(mode.with_weights)} returns attention weights, so tokens * tokens scores are "
+                "kept: call it with need_weights=False"
             )
         lines += [f"{count} {what}" for what, count in mode.rewrites.items()]
         if mode.left:
@@ -148,7 +149,7 @@ class AttentionRun:
         if not lines and not self.outside:
             raise NothingToTransformError(
                 f"{SUBJECT}: the first step called no scaled_dot_product_attention and no nn.MultiheadAttention, and "
-                "there is no Hugging Face model with kernels of its own. Attention written as softmax(q @ k) @ v "
+                f"no Hugging Face model has kernels of its own{self._note}. Attention written as softmax(q @ k) @ v "
                 f"cannot be changed: call torch.nn.functional.scaled_dot_product_attention, or drop {SUBJECT}."
             )
         return lines
