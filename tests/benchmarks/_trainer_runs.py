@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ from lightning_memsave.memory.tracker import track_memory
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TRACKED_STEP = 2  # the first with optimizer state from its start on
 LEARNING_RATES = {"adamw_8bit": 2e-5, "adafactor": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+# Ours with everything that is exact or close -> the method of HF Trainer that it is measured beside.
+BESIDE = {
+    "split_master": "adamw_8bit",
+    "lora_chunked": "lora",
+    "lora_bf16_base": "lora",
+    "qlora_chunked": "qlora",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,8 @@ class Job:
 
     Args:
         side: ``ours`` or ``hf``.
-        method: ``adamw_8bit``, ``adafactor`` (both full fine-tuning), ``lora`` or ``qlora``; all with checkpointing.
+        method: ``adamw_8bit``, ``adafactor`` (both full fine-tuning), ``lora`` or ``qlora``, or one of ``BESIDE``; all
+            with checkpointing.
         steps: Optimizer steps.
         batch_size: Rows in a batch.
         tokens: Tokens in a row.
@@ -99,6 +107,7 @@ def run_ours(job: Job, clock: Clock) -> None:
             clock.stop()
             clock.losses.append(outputs["loss"].item())
 
+    method = recipe(job)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -107,34 +116,47 @@ def run_ours(job: Job, clock: Clock) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Timing(), *savers(job)],
+        **{**method, "callbacks": [Timing(), *method["callbacks"]]},
     )
     loader = DataLoader(text_rows(job.model, job.tokens), batch_size=job.batch_size)  # type: ignore[arg-type]
-    module = LanguageModel(job.model, LEARNING_RATES[job.method])
+    module = LanguageModel(job.model, LEARNING_RATES[BESIDE.get(job.method, job.method)])
     module.configure_model()
     reset_host_peak()
     trainer.fit(module, loader)
 
 
-def savers(job: Job) -> list[Any]:
-    """Return the callbacks that are the same method as HF Trainer's."""
+def recipe(job: Job) -> dict[str, Any]:
+    """Return what the Trainer is given: the method of HF Trainer, or ours with more savers."""
     from lightning_memsave import (
         ActivationCheckpointing,
         AllocatorSettings,
+        BF16Precision,
+        ChunkedLoss,
         EarlyZeroGrad,
+        GradientRelease,
         LoRA,
         LowMemoryOptimizer,
         QLoRA,
     )
 
-    method = {
-        "adamw_8bit": lambda: LowMemoryOptimizer("adamw_8bit"),
-        "adafactor": lambda: LowMemoryOptimizer("adafactor"),
-        "lora": lambda: LoRA(rank=8),
-        "qlora": lambda: QLoRA(rank=8),
+    made: dict[str, Any] = {
+        "adamw_8bit": lambda: {"callbacks": [LowMemoryOptimizer("adamw_8bit"), EarlyZeroGrad()]},
+        "adafactor": lambda: {"callbacks": [LowMemoryOptimizer("adafactor"), EarlyZeroGrad()]},
+        "lora": lambda: {"callbacks": [LoRA(rank=8), EarlyZeroGrad()]},
+        "qlora": lambda: {"callbacks": [QLoRA(rank=8), EarlyZeroGrad()]},
+        "split_master": lambda: {
+            "callbacks": [LowMemoryOptimizer("adamw_split_master", keep_32bit=[]), GradientRelease(), ChunkedLoss()],
+            "plugins": [BF16Precision("split")],
+        },
+        "lora_chunked": lambda: {"callbacks": [LoRA(rank=8), EarlyZeroGrad(), ChunkedLoss()]},
+        "lora_bf16_base": lambda: {
+            "callbacks": [LoRA(rank=8, frozen_dtype="bf16"), EarlyZeroGrad(), ChunkedLoss()],
+            "precision": "bf16-mixed",
+        },
+        "qlora_chunked": lambda: {"callbacks": [QLoRA(rank=8), EarlyZeroGrad(), ChunkedLoss()]},
     }[job.method]()
     host = [AllocatorSettings(host_trim=job.host_trim)] if job.host_trim else []
-    return [method, ActivationCheckpointing(), EarlyZeroGrad(), *host]
+    return {**made, "callbacks": [*made["callbacks"], ActivationCheckpointing(), *host]}
 
 
 def run_hf(job: Job, clock: Clock) -> None:
@@ -229,6 +251,8 @@ def main(text: str) -> None:
     job = Job(**json.loads(text))
     torch.set_num_threads(job.threads)
     clock = Clock(TRACKED_STEP if job.tracked else 0)
+    if job.side == "hf":
+        job = replace(job, method=BESIDE.get(job.method, job.method))
     {"ours": run_ours, "hf": run_hf}[job.side](job, clock)
     print(json.dumps(result(job, clock)))
 

@@ -27,6 +27,10 @@ METHODS = {
     "adafactor": "full, Adafactor, checkpointing",
     "lora": "LoRA r=8 on all linears, checkpointing",
     "qlora": "QLoRA nf4 double quant r=8, checkpointing",
+    "split_master": "full, checkpointing; ours: split master weights, gradient release, chunked loss; HF: 8-bit AdamW",
+    "lora_chunked": "LoRA as above; ours with chunked loss",
+    "lora_bf16_base": "LoRA as above; ours with chunked loss, the frozen base stored in bf16, bf16-mixed",
+    "qlora_chunked": "QLoRA as above; ours with chunked loss",
 }
 ALLOCATORS = {"glibc": None, "tcmalloc": "libtcmalloc_minimal.so.4"}
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "accelerate")

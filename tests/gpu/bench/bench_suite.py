@@ -73,7 +73,7 @@ class Suite:
             "framework": row.framework,
             "batch": row.batch,
             "tokens": row.tokens,
-            "precision": row.precision if row.framework == "memsave" else "bf16",
+            "precision": row.precision_text,
             "savers": row.savers_text,
             "learning_rate": row.learning_rate,
             "commit": self.commit,
@@ -87,7 +87,9 @@ class Suite:
         chosen = []
         for row in ROWS:
             fits = (
-                (row.shape == "tiny") == (self.device == "cpu") if pattern is None else fnmatchcase(row.name, pattern)
+                row.shape.startswith("tiny") == (self.device == "cpu")
+                if pattern is None
+                else fnmatchcase(row.name, pattern)
             )
             if fits and self.results.find(self.describe(row)) is None:
                 chosen.append(row)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from gpu.bench.meter import Meter
-from gpu.bench.models import SyntheticTokens, random_model
+from gpu.bench.models import dataset, random_model
 from gpu.bench.rows import Row
 from torch.utils.data import DataLoader
 
@@ -17,12 +17,13 @@ import lightning_memsave
 __all__ = ["train"]
 
 
-class CausalLM(pl.LightningModule):
+class Plain(pl.LightningModule):
     """A plain module: it knows nothing of the savers."""
 
-    def __init__(self, shape: str, learning_rate: float, device: str) -> None:
+    def __init__(self, row: Row, device: str) -> None:
         super().__init__()
-        self.shape, self.learning_rate, self.build_on = shape, learning_rate, device
+        self.shape, self.learning_rate, self.warmup = row.shape, row.learning_rate, row.warmup
+        self.build_on = device
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
@@ -31,8 +32,12 @@ class CausalLM(pl.LightningModule):
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         return self.model(**batch).loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.learning_rate)
+        if not self.warmup:
+            return optimizer
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
 
 class MeterCallback(pl.Callback):
@@ -52,18 +57,22 @@ class MeterCallback(pl.Callback):
 def train(row: Row, meter: Meter, device: str, scratch: Path) -> None:
     """Train the row's model for its steps."""
     savers = [getattr(lightning_memsave, name)(**arguments) for name, arguments in row.savers]
-    module = CausalLM(row.shape, row.learning_rate, device)
+    how: dict[str, Any] = {"precision": row.precision}
+    if row.plugin is not None:
+        name, arguments = row.plugin
+        how = {"plugins": [getattr(lightning_memsave, name)(**arguments)]}
+    module = Plain(row, device)
     trainer = pl.Trainer(
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,
-        precision=row.precision,
         max_epochs=1,
-        gradient_clip_val=1.0,
+        gradient_clip_val=row.clip,
         callbacks=[*savers, MeterCallback(meter)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=scratch,
+        **how,
     )
-    trainer.fit(module, DataLoader(SyntheticTokens(row), batch_size=row.batch))
+    trainer.fit(module, DataLoader(dataset(row), batch_size=row.batch))
