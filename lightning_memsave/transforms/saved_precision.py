@@ -121,7 +121,7 @@ class _Narrower:
             yield
 
     def _pack(self, tensor: Tensor, weights: SavedWeights) -> Any:
-        if tensor.numel() < self.min_values or not _narrows(tensor) or weights.hold(tensor):
+        if tensor.numel() < self.min_values or not _narrows(tensor) or weights.hold(tensor) or _masks(tensor):
             return tensor
         storage = tensor.untyped_storage()
         key = (storage._cdata, tensor._version, tensor.storage_offset(), tensor.numel())
@@ -147,6 +147,13 @@ def _narrows(tensor: Tensor) -> bool:
     return (
         tensor.dtype in (torch.float32, *_HALF) and tensor.ndim > 1 and tensor.shape[-1] > 1
     )  # (..., 1) holds statistics: mean, rstd
+
+
+def _masks(tensor: Tensor) -> bool:
+    """Return whether this is an additive attention mask: its -inf has no scale that other values could share."""
+    if tensor.requires_grad or not tensor.is_floating_point():
+        return False
+    return not bool(tensor.abs().amax() < torch.finfo(tensor.dtype).max / 2)
 
 
 def _dense(tensor: Tensor) -> bool:

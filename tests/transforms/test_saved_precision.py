@@ -159,3 +159,24 @@ def test_undo_and_inference_leave_nothing():
     assert saved_counts(model).tensors == 0
     applied.undo()
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("least", [-float("inf"), torch.finfo(torch.float32).min])
+def test_an_additive_attention_mask_is_kept_whole(dtype, least):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = self.project(x).unsqueeze(1).chunk(3, dim=-1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    model, x = nn.ModuleList([Attention()]), torch.randn(2, 64, 16)
+    mask = torch.full((2, 1, 64, 64), least).triu(1)
+    whole = torch.autograd.grad(model[0](x, mask).square().mean(), list(model.parameters()))
+    compress_blocks(model, ["0"], dtype=dtype, min_values=256)
+    narrow = torch.autograd.grad(model[0](x, mask).square().mean(), list(model.parameters()))
+    for one, other in zip(whole, narrow):  # worst seen in ten draws: 1.0 % of the largest with int8, 3.8 % with fp8
+        torch.testing.assert_close(other, one, rtol=0, atol=0.08 * float(one.abs().max()))
