@@ -6,6 +6,8 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,6 +65,9 @@ class AttentionMode(TorchFunctionMode):
         self._handlers: dict[Any, Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head,
+            Tensor.backward: self._backward,
+            torch.autograd.backward: self._backward,
+            torch.autograd.grad: self._backward,
         }
         if implementation != "math":
             self._handlers.update(self._heads.watched)
@@ -76,7 +81,9 @@ class AttentionMode(TorchFunctionMode):
         handler = self._handlers.get(func)
         if handler is None:
             return func(*args, **(kwargs or {}))
-        return handler(func, args, kwargs or {}) if _ordinary(args) else self._leave(func, args, kwargs or {})
+        if handler != self._backward and not _ordinary(args):
+            return self._leave(func, args, kwargs or {})
+        return handler(func, args, kwargs or {})
 
     # -- scaled_dot_product_attention ---------------------------------------------------------------------------------
     def _attention(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,6 +132,15 @@ class AttentionMode(TorchFunctionMode):
         if fused or self._kernel(call)[0] in ("", "math"):
             call.key, call.value, call.gqa = key, value, True
             self.rewrites["repeated key and value heads shared (enable_gqa=True)"] += 1
+
+    def _backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a backward under this mode, so that a recompute in it makes the calls the forward made.
+
+        torch takes a mode off while it handles a call, and the body of these functions would hand itself to the mode
+        again; so the body runs without that look.
+        """
+        with self:
+            return _body(func)(*args, **kwargs)
 
     def _leave(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.left += func in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
@@ -226,6 +242,19 @@ def shown_layers(layers: Iterable[Layer]) -> str:
         count = f"{len(found)} " if len(found) > 1 else ""
         parts.append(f"{count}{name}" + (f" ({listed(named)})" if named else ""))
     return ", ".join(parts)
+
+
+@cache
+def _body(function: Any) -> Callable[..., Any]:
+    """Return a copy of a Python function of torch that does not look for modes."""
+    never = {name: _never for name in function.__globals__ if name.startswith("has_torch_function")}
+    body = FunctionType(function.__code__, {**function.__globals__, **never}, function.__name__, function.__defaults__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _never(*ignored: Any) -> bool:
+    return False
 
 
 def _ordinary(args: tuple[Any, ...]) -> bool:
