@@ -12,7 +12,7 @@ from torch import nn
 import lightning_memsave
 from lightning_memsave import Applied, ModelTransform, Stage
 from lightning_memsave.planner.catalog import CATALOG, method
-from lightning_memsave.planner.compatibility import cell
+from lightning_memsave.planner.compatibility import cell, pair_problem
 
 from .kinds import KINDS
 
@@ -34,6 +34,11 @@ REFUSED: dict[tuple[str, str], str] = {
         ("ChunkedLoss", kind): "found no output head"
         for kind in ("tabular", "forecasting", "vision", "autoencoder", "diffusion", "graph", "mapping", "line_search")
         + ("physics", "manual", "gan", "retain_graph", "several_steps", "hf_bert")
+    },
+    **{
+        ("AttentionKernel", kind): "called no scaled_dot_product_attention"
+        for kind in ("tabular", "forecasting", "vision", "autoencoder", "diffusion", "graph", "mapping", "line_search")
+        + ("physics", "manual", "gan", "retain_graph", "several_steps")
     },
     ("WeightQuantization", "vision"): "no layer this can work on",  # convolutions
     ("QLoRA", "vision"): "found no linear layer",
@@ -62,9 +67,9 @@ def make(name: str, kind: str) -> Any:
     return getattr(lightning_memsave, name)(**arguments)
 
 
-def exact_set(kind: str) -> list[Any]:
-    """Return every exact method at once."""
-    return [make(name, kind) for name in EXACT if (name, kind) not in REFUSED]
+def exact_set(kind: str, beside: str = "") -> list[Any]:
+    """Return every exact method at once, those that the table refuses beside another left out."""
+    return [make(name, kind) for name in EXACT if (name, kind) not in REFUSED and pair_problem(name, beside) is None]
 
 
 class Counted(ModelTransform):
