@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
 
-from lightning_memsave import EarlyZeroGrad, LowMemoryOptimizer
+from lightning_memsave import EarlyZeroGrad, GradientRelease, LowMemoryOptimizer, OptimizerOffload
 from lightning_memsave.callbacks._session import Session
 from lightning_memsave.errors import CheckpointMismatchError, ConfigurationError, MissingDependencyError
 from lightning_memsave.optim.registry import OPTIMIZERS
@@ -132,6 +132,20 @@ def test_resume_at_an_epoch_boundary_is_bit_exact_with_every_scheduler(name, kin
     assert all(
         torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
     )
+
+
+RANKS = {"galore_adamw": {"rank": 16}, "apollo_adamw": {"rank": 16}}  # below the width of the model
+
+
+@pytest.mark.parametrize("saver", [GradientRelease, OptimizerOffload])
+@pytest.mark.parametrize("name", NAMES)
+def test_stepping_inside_backward_or_on_the_host_gives_the_same_bits(name, saver) -> None:
+    plain, saved = LitLM(), LitLM()
+    optimizer = LowMemoryOptimizer(name, options=RANKS.get(name))
+    fit(plain, optimizer, max_epochs=2)
+    fit(saved, optimizer, saver(), max_epochs=2)
+    assert saved.losses == plain.losses
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), saved.state_dict().values(), strict=True))
 
 
 def test_a_checkpoint_of_the_plain_run_is_refused_with_the_way_out(tmp_path) -> None:
