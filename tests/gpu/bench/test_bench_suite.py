@@ -126,7 +126,7 @@ def test_a_slice_ends_within_its_budget_and_the_next_goes_on(suite: bench_suite.
         assert clock.now - begin <= bench_suite.BUDGET_SECONDS
         assert len(suite.results.records()) - before == len(rows) - len(left) > 0
         slices += 1
-    assert slices == 3
+    assert 1 < slices < len(BIG)
     assert {r["row"] for r in suite.results.records()} == {r.name for r in BIG}
 
 
