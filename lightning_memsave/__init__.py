@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_memsave.callbacks.activation_offloading import ActivationOffloading as ActivationOffloading
     from lightning_memsave.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from lightning_memsave.callbacks.allocator_settings import AllocatorSettings as AllocatorSettings
+    from lightning_memsave.callbacks.attention_kernel import AttentionKernel as AttentionKernel
     from lightning_memsave.callbacks.checkpoint_rehearsal import CheckpointRehearsal as CheckpointRehearsal
     from lightning_memsave.callbacks.chunked_loss import ChunkedLoss as ChunkedLoss
     from lightning_memsave.callbacks.early_zero_grad import EarlyZeroGrad as EarlyZeroGrad
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     )
     from lightning_memsave.callbacks.tiled_compute import TiledCompute as TiledCompute
     from lightning_memsave.callbacks.weight_quantization import WeightQuantization as WeightQuantization
+    from lightning_memsave.data.collate import PackingCollator as PackingCollator
+    from lightning_memsave.data.masks import document_mask as document_mask
+    from lightning_memsave.data.packing import PackedDataset as PackedDataset
+    from lightning_memsave.data.sampler import LengthGroupedSampler as LengthGroupedSampler
     from lightning_memsave.errors import CheckpointMismatchError as CheckpointMismatchError
     from lightning_memsave.errors import ConfigurationError as ConfigurationError
     from lightning_memsave.errors import IncompatibleMethodsError as IncompatibleMethodsError
@@ -58,6 +63,7 @@ _EXPORTS = {
     "AllocatorSettings": "callbacks.allocator_settings",
     "Applied": "transforms._pass",
     "AppliedTransforms": "transforms._pass",
+    "AttentionKernel": "callbacks.attention_kernel",
     "BF16Precision": "precision.bf16",
     "BlockDDPStrategy": "strategies.block_ddp",
     "CheckpointMismatchError": "errors",
@@ -68,6 +74,7 @@ _EXPORTS = {
     "FP8Precision": "precision.fp8",
     "GradientRelease": "callbacks.gradient_release",
     "IncompatibleMethodsError": "errors",
+    "LengthGroupedSampler": "data.sampler",
     "LoRA": "callbacks.lora",
     "LowMemoryOptimizer": "callbacks.low_memory_optimizer",
     "MemoryAudit": "callbacks.memory_audit",
@@ -78,6 +85,8 @@ _EXPORTS = {
     "ModelTransform": "callbacks.model_transform",
     "NothingToTransformError": "errors",
     "OptimizerOffload": "callbacks.optimizer_offload",
+    "PackedDataset": "data.packing",
+    "PackingCollator": "data.collate",
     "PeakMemory": "memory.peak_metric",
     "QLoRA": "callbacks.qlora",
     "SavedActivationPrecision": "callbacks.saved_activation_precision",
@@ -86,6 +95,7 @@ _EXPORTS = {
     "WeightQuantization": "callbacks.weight_quantization",
     "apply": "callbacks._apply",
     "chunked_cross_entropy": "transforms.chunked_loss",
+    "document_mask": "data.masks",
     "last_report": "memory.report",
     "load_adapters": "transforms._adapter_files",
     "merge_adapters": "transforms.merging",

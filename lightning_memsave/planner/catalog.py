@@ -90,6 +90,16 @@ CATALOG: tuple[Method, ...] = (
         source="Chen et al. 2021, https://arxiv.org/abs/2104.14129",
     ),
     Method(
+        name="AttentionKernel",
+        group="activations",
+        saves="scores, where they were kept: batch * heads * tokens * tokens * itemsize bytes a layer; repeated key "
+        "and value heads: 2 * batch * (heads - key_heads) * tokens * head_dim * itemsize",
+        costs="a pass over each mask per step, and about a microsecond per torch function called from Python",
+        numerics="bounded",
+        use_when="attention, first of all; it says which layers run a slow kernel and why",
+        source="Dao 2023, https://arxiv.org/abs/2307.08691",
+    ),
+    Method(
         name="TiledCompute",
         group="activations",
         saves="inside MLPs and norms: about 4 * batch * (tokens - tile_tokens) * intermediate * itemsize bytes",
