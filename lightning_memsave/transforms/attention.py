@@ -81,6 +81,7 @@ class AttentionRun:
 
     def __init__(self, root: nn.Module, implementation: str, change: ModelsChange) -> None:
         names = {id(module): name for name, module in root.named_modules()}
+        self._root = root
         self.implementation = implementation
         self.mode = AttentionMode(implementation, names)
         self.outside = change.outside
@@ -90,10 +91,6 @@ class AttentionRun:
         # torch's own inference path of these is not taken while a mode looks at the calls
         self._fast_path = any(
             isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for m in root.modules()
-        )
-        self._compiled = any(
-            getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
-            for m in root.modules()
         )
         self._restore = _newest_flash() if implementation == "flash_attention" else None
 
@@ -144,7 +141,7 @@ class AttentionRun:
         lines += [f"{count} {what}" for what, count in mode.rewrites.items()]
         if mode.left:
             lines.append(f"{mode.left} calls with tensor subclasses or inside of torch.func left as they are")
-        if self._compiled:
+        if _is_compiled(self._root):
             lines.append("calls in modules compiled by torch.compile are left as they are")
         if not lines and not self.outside:
             raise NothingToTransformError(
@@ -159,6 +156,13 @@ class AttentionRun:
         if self._restore is not None:
             self._restore()
             self._restore = None
+
+
+def _is_compiled(root: nn.Module) -> bool:
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+        for m in root.modules()
+    )
 
 
 def _wanted(implementation: str) -> str:

@@ -15,9 +15,11 @@ from helpers import LitLM, make_loader, make_trainer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_memsave import ActivationCheckpointing, LoRA, MemoryAudit, apply
-from lightning_memsave.callbacks.attention_kernel import AttentionKernel
+from lightning_memsave import ActivationCheckpointing, AttentionKernel, LoRA, MemoryAudit, apply
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError
+from lightning_memsave.transforms import _attention_models
+from lightning_memsave.transforms._attention_models import ModelsChange
+from lightning_memsave.transforms.attention import AttentionRun
 
 # Flash and math kernel in fp64, three steps of AdamW: 8.9e-16 is the worst difference of a loss seen, 2.4e-13 of a
 # weight (a key's bias, whose gradient is rounding only).
@@ -159,6 +161,64 @@ def test_users_checkpoints_recompute_by_the_same_kernel():
     fit(plain, AttentionKernel("math"), precision="64-true")
     fit(found, AttentionKernel(), precision="64-true")
     assert_same(found, plain)
+
+
+def test_a_gradient_inside_of_the_step_recomputes_by_the_same_kernel():
+    class Penalty(Masked):
+        recompute = False
+
+        def loss(self, batch: Tensor) -> Tensor:
+            x = self.embedding(batch)
+            mask = torch.ones(batch.shape[1], batch.shape[1], dtype=torch.bool)
+            if self.recompute:
+                y = torch.utils.checkpoint.checkpoint(self.blocks[0], x, mask, use_reentrant=False)
+            else:
+                y = self.blocks[0](x, mask)
+            (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            return grad.square().mean()
+
+    plain, found = Penalty().double(), Penalty().double()
+    found.recompute = True
+    for parameter in [*plain.blocks[1].parameters(), *found.blocks[1].parameters()]:
+        parameter.requires_grad = False
+    fit(plain, AttentionKernel("math"), precision="64-true")
+    fit(found, AttentionKernel("math"), precision="64-true")
+    assert found.losses == plain.losses
+
+
+def test_compiled_modules_are_left_as_they_are_and_said(caplog):
+    plain, found = LitLM().double(), LitLM().double()
+    fit(plain, precision="64-true")
+    found.net.compile(backend="aot_eager")
+    fit(found, AttentionKernel(), precision="64-true")
+    assert_same(found, plain)
+    assert "calls in modules compiled by torch.compile are left as they are" in caplog.text
+    assert "Block (" not in caplog.text
+
+
+def test_a_skipped_first_step_is_not_taken_for_a_model_without_attention(caplog):
+    class Skips(LitLM):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    fit(Skips(), AttentionKernel())
+    assert "flash: 2 Block" in caplog.text
+
+
+def test_torchs_own_inference_path_of_encoders_is_taken_in_validation():
+    class Encoder(Masked):
+        def loss(self, batch: Tensor) -> Tensor:
+            padding = torch.zeros_like(batch, dtype=torch.bool)
+            padding[:, -2:] = True
+            out = self.encoder(self.embedding(batch), src_key_padding_mask=padding)
+            return out.square().mean()  # the inference path computes nothing for padding
+
+    plain, found = Encoder(), Encoder()
+    for module, callbacks in ((plain, []), (found, [AttentionKernel()])):
+        module.encoder.requires_grad_(False)
+        made = make_trainer(callbacks=callbacks)
+        module.seen = made.validate(module, make_loader(), verbose=False)
+    assert found.seen == plain.seen
 
 
 def test_the_audit_sees_the_calls_that_reach_torch(tmp_path):
@@ -343,6 +403,69 @@ def test_flash_attn_that_cannot_run_falls_back_in_one_line(caplog):
     assert len(lines) == 1
     assert "flash-attn is not used: it runs on CUDA, and this run is on cpu. SDPA runs" in lines[0]
     assert "model runs sdpa, was eager" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "expected"),
+    [
+        ({4, 3, 2}, (10, 0), "flash_attention_4"),
+        ({3, 2}, (9, 0), "flash_attention_3"),
+        ({3, 2}, (10, 0), "flash_attention_2"),
+        ({4, 2}, (8, 6), "flash_attention_2"),
+        ({2}, (7, 5), ""),
+        (set(), (9, 0), ""),
+    ],
+)
+def test_the_newest_flash_attn_that_fits_the_gpu_is_taken(installed, capability, expected, monkeypatch):
+    from transformers import utils
+
+    for version in (2, 3, 4):
+        monkeypatch.setattr(
+            utils, f"is_flash_attn_{version}_available", lambda v=version: v in installed, raising=False
+        )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found, problem = _attention_models._flash_attn("cuda", half=True)
+    assert found == expected
+    assert ("not installed" in problem) == (not expected)
+    assert "16 bits" in _attention_models._flash_attn("cuda", half=False)[1]
+
+
+def test_torchs_flash_kernel_is_that_of_flash_attn_for_the_run_only(monkeypatch):
+    state = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: None, raising=False)
+    monkeypatch.setattr(
+        torch.nn.attention, "restore_flash_attention_impl", lambda **_: state.append("restored"), raising=False
+    )
+
+    def activate(name: str) -> None:
+        if name == "FA4":
+            raise ImportError(name)
+        state.append(name)
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    run = AttentionRun(nn.Linear(2, 2), "flash_attention", ModelsChange())
+    assert state == ["FA3"]
+    run.close()
+    run.close()
+    assert state == ["FA3", "restored"]
+    AttentionRun(nn.Linear(2, 2), "auto", ModelsChange()).close()
+    assert state == ["FA3", "restored"]
+
+
+def test_flex_is_set_and_put_back():
+    model = llama()
+    applied = apply(model, [AttentionKernel("flex")])
+    assert model.config._attn_implementation == "flex_attention"
+    applied.undo()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_kernel_that_transformers_was_given_is_left_by_auto(caplog):
+    model = llama("flex_attention")
+    applied = apply(model, [AttentionKernel()])
+    assert model.config._attn_implementation == "flex_attention"
+    assert "stays on flex_attention, as it was made" in next(iter(applied))[1].summary
 
 
 def test_without_a_trainer_only_hugging_face_models_are_set():
