@@ -35,7 +35,7 @@ class PackingCollator:
     ``positions``  ``position_ids`` that restart, ``use_cache=False``, no mask           ``sdpa``, ``eager`` and
                                                                                          ``flex_attention`` of
                                                                                          transformers, causal models
-    ``flash``      one row without padding: ``position_ids``, ``cu_seq_lens_q/k``,       flash attention of
+    ``flash``      the same, in one row without padding, and ``cu_seq_lens_q/k``,        flash attention of
                    ``max_length_q/k``                                                    transformers
     ``mask``       ``position_ids``, bool ``attention_mask`` ``(B, 1, T, T)``            ``sdpa``, bidirectional too
     ``additive``   ``position_ids``, float ``attention_mask`` ``(B, 1, T, T)``           ``eager``, bidirectional too
@@ -43,8 +43,10 @@ class PackingCollator:
                                                                                          ``document_mask``
     ============== ===================================================================== ==============================
 
-    ``auto`` chooses by ``config``. Without one it emits ``positions`` together with the lengths of ``flash``, which is
-    right under every implementation of a causal model of transformers. ``check(model)`` proves it on yours.
+    ``auto`` is ``flash`` if ``config`` says so, and otherwise ``positions`` together with the lengths of ``flash``:
+    right under every implementation of a causal model of transformers, also if it is changed later. (Write
+    ``positions`` if your model takes no such lengths, or is compiled.) Bidirectional models get ``mask`` or
+    ``additive``. ``check(model)`` proves it on yours.
 
     **Saves** padding, see ``PackedDataset``.
     **Costs** under ``sdpa`` and ``eager`` a mask of ``batch * tokens**2`` bytes, which the model builds on its device
@@ -107,7 +109,7 @@ class PackingCollator:
         lengths = [_document_lengths(row["document_ids"]) for row in rows]
         if self.form == "flash":
             flat = {key: torch.cat([row[key] for row in rows])[None] for key in rows[0] if key != "document_ids"}
-            return {**flat, **_flash_arguments(torch.cat(lengths))}
+            return {**flat, "use_cache": False, **_flash_arguments(torch.cat(lengths))}
         width = max([len(row["input_ids"]) for row in rows] if self.length is None else [self.length])
         batch: dict[str, Any] = {key: torch.stack([self._padded(key, row, width) for row in rows]) for key in rows[0]}
         documents = batch.pop("document_ids")
@@ -120,7 +122,7 @@ class PackingCollator:
         else:
             batch["use_cache"] = False
         if self.form == "any":
-            # The padding of a row is a document here: the lengths have to cover every token.
+            # The padding of a row is a document here: these lengths have to cover every token.
             batch |= _flash_arguments(torch.cat([_document_lengths(row) for row in documents]))
         return batch
 
@@ -175,7 +177,7 @@ class PackingCollator:
         missing = width - len(value)
         if not missing:
             return value
-        if key == "position_ids" and self.form == "positions":
+        if key == "position_ids" and self.form in {"positions", "any"}:
             # Padding goes on as if it were of the last document, which does not see it: a row of one document then
             # stays plainly causal, and needs no mask at all.
             return torch.cat([value, torch.arange(missing) + value[-1] + 1])
@@ -222,7 +224,7 @@ def _form(attention: str, config: Any, causal: bool) -> str:
     if "flash" in implementation:
         return "flash"
     if causal and implementation in {"sdpa", "eager", "flex_attention"}:
-        return "positions"
+        return "any"
     if implementation in {"sdpa", "eager"}:
         return {"sdpa": "mask", "eager": "additive"}[implementation]
     raise ConfigurationError(
