@@ -108,7 +108,8 @@ class _SpawnedModule:
     def close(self) -> None:
         """Hold no state from now on; after an exception there may be callbacks that still save it."""
         if not self.trainer.interrupted:
-            self.module.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.clear())
+            module: Any = self.module  # torch leaves this method untyped
+            module.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.clear())
 
 
 def _peft_folder(checkpoint: Any) -> Path:

@@ -175,7 +175,9 @@ CATALOG: tuple[Method, ...] = (
     Method(
         name="LowMemoryOptimizer",
         group="optimizer",
-        saves="state bytes a value: AdamW 8; adamw_8bit 2 + 8/256; adamw_4bit 1 + 8/128; adam_mini, muon 4; adafactor ~0",
+        saves=(
+            "state bytes a value: AdamW 8; adamw_8bit 2 + 8/256; adamw_4bit 1 + 8/128; adam_mini, muon 4; adafactor ~0"
+        ),
         costs="quantization of the state in each step; another update rule where the name says so",
         numerics="statistical",
         use_when="full-parameter training: optimizer state is the largest part",
