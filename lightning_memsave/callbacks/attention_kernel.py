@@ -121,7 +121,7 @@ class AttentionKernel(ModelTransform):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say once which kernel ran which layers."""
-        if outputs is None and pl_module.automatic_optimization:
+        if not outputs and pl_module.automatic_optimization:
             return  # the step was skipped
         session = Session.of(trainer)
         run = session.find_shared(_KEY)
