@@ -57,7 +57,8 @@ class PackingCollator:
     Args:
         attention: The form of a batch.
         config: ``model.config`` of a transformers model; read by ``auto``.
-        causal: Whether tokens see no later ones. Without it labels are left as they are (masked language models).
+        causal: Whether tokens see no later ones. Without it labels are left as they are (masked language models);
+            encoders of transformers take such masks from version 5 on.
         pad_token_id: Id at the padding of shorter rows; nothing sees it.
         length: Tokens of a row, to pad to; None pads to the longest row of the batch. ``flash`` has no padding.
 

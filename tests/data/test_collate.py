@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import make_trainer
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -153,6 +155,13 @@ def test_position_ids_alone_contaminate() -> None:
             collator.check(model, forward=forward)
 
 
+TAKES_MASKS = pytest.mark.skipif(
+    Version(metadata.version("transformers")) < Version("5"),
+    reason="encoders of transformers 4 take no (B, 1, T, T) mask; they raise",
+)
+
+
+@TAKES_MASKS
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_bidirectional_model_is_packed_with_a_mask(implementation: str) -> None:
     transformers = importlib.import_module("transformers")
@@ -177,6 +186,7 @@ def test_a_bidirectional_model_packed_as_a_causal_one_is_found_out() -> None:
         PackingCollator("positions").check(model, forward=forward)
 
 
+@TAKES_MASKS
 def test_positions_that_do_not_start_at_zero_are_found_out() -> None:
     transformers = importlib.import_module("transformers")
     config = transformers.RobertaConfig(
@@ -350,8 +360,9 @@ def test_rows_of_one_document_need_no_mask() -> None:
     # Padding continues the positions, so transformers finds nothing packed and runs plain causal attention.
     masking = importlib.import_module("transformers.masking_utils")
     for collator in (PackingCollator("positions"), PackingCollator()):
-        assert masking.find_packed_sequence_indices(collator(documents(7, 30, 12))["position_ids"]) is None
-        assert masking.find_packed_sequence_indices(collator(list(packed(*PACKS)))["position_ids"]) is not None
+        alone = masking.find_packed_sequence_indices(collator(documents(7, 30, 12))["position_ids"])
+        assert alone is None or not alone.any()  # transformers 5 and 4
+        assert masking.find_packed_sequence_indices(collator(list(packed(*PACKS)))["position_ids"]).any()
 
 
 def test_rows_are_padded_to_the_length_that_was_asked_for() -> None:
