@@ -132,7 +132,8 @@ class PerParameterOptimizer(Optimizer):
         missing = {key for group in state_dict["param_groups"] for key in set(self.defaults) - set(group)}
         for p, (entry, group) in saved.items():
             self._check_state(entry, p, {**self.defaults, **group})
-        if missing - {"maximize"}:
+        missing -= {"maximize", "differentiable"}  # torch adds the second to the defaults of what was loaded into
+        if missing:
             raise CheckpointMismatchError(
                 f"LowMemoryOptimizer: the checkpoint holds another optimizer: its groups have no "
                 f"{', '.join(sorted(missing))}, which {type(self).__name__} needs. {_WAY_OUT}"
