@@ -97,6 +97,8 @@ CATALOG: tuple[Method, ...] = (
         costs="a pass over each mask per step, and about a microsecond per torch function called from Python",
         numerics="bounded",
         use_when="attention, first of all; it says which layers run a slow kernel and why",
+        measured="saved activations of 4 layers of SmolLM2-135M's shape, 1 x 2048 tokens, fp32 on CPU: made with eager "
+        "attention 967 -> 367 MiB; sdpa with padding 455 -> 431 MiB (repeated heads)",
         source="Dao 2023, https://arxiv.org/abs/2307.08691",
     ),
     Method(

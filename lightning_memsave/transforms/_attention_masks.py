@@ -79,7 +79,7 @@ class MaskReader:
 
 
 def _can_be_read(mask: Tensor) -> bool:
-    if type(mask) is not Tensor or mask.device.type == "meta":
+    if type(mask) is not Tensor or mask.device.type == "meta" or torch.jit.is_tracing():
         return False
     return not (mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
