@@ -109,8 +109,10 @@ class _Run:
         """Report, write, and raise if that was asked for."""
         self.close()
         trainer = self.session.trainer
+        release = self.session.methods.get("GradientRelease")
+        backwards = 2 if getattr(release, "clip", None) == "two_pass" else 1
         findings = [
-            *recompute_findings(self.module, self.before),
+            *recompute_findings(self.module, self.before, backwards=backwards),
             *deferred_findings(self.module, self.deferred_before),
             *self.audit.findings(),
         ]

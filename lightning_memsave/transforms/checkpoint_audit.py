@@ -18,12 +18,15 @@ def count_recomputes(root: nn.Module) -> dict[str, RecomputeCounts]:
     return {name: dataclasses.replace(counts) for name, counts in recompute_counts(root).items()}
 
 
-def recompute_findings(root: nn.Module, before: Mapping[str, RecomputeCounts]) -> Iterator[Finding]:
+def recompute_findings(
+    root: nn.Module, before: Mapping[str, RecomputeCounts], *, backwards: int = 1
+) -> Iterator[Finding]:
     """Yield what the recomputed blocks did since ``before``.
 
     Args:
         root: The module that trains.
         before: From ``count_recomputes``.
+        backwards: How often the backward of one forward may run, each time with a recompute.
 
     """
     none = RecomputeCounts()
@@ -41,7 +44,7 @@ def recompute_findings(root: nn.Module, before: Mapping[str, RecomputeCounts]) -
         yield Finding("recomputation", "ok", text, tuple(compiled))
     watched = {name: counts for name, counts in since.items() if name not in compiled}
     if watched:
-        yield from _judge(watched)
+        yield from _judge(watched, backwards)
     silent = inactive_regularization(root)
     if silent:
         yield Finding("eval mode", "warning", silent)
@@ -59,7 +62,7 @@ def _is_compiled(name: str, modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _judge(since: Mapping[str, RecomputeCounts]) -> Iterator[Finding]:
+def _judge(since: Mapping[str, RecomputeCounts], backwards: int) -> Iterator[Finding]:
     def names(choose: object) -> tuple[str, ...]:
         return tuple(name for name, counts in since.items() if choose(counts))  # type: ignore[operator]
 
@@ -70,8 +73,9 @@ def _judge(since: Mapping[str, RecomputeCounts]) -> Iterator[Finding]:
     passed = names(lambda c: c.passed and not c.calls)
     absent = names(lambda c: not c.passed and not c.calls)
     if active:
-        text = f"{len(active)} of {len(since)} blocks ran again in backward ({again} recomputes of {calls} forwards)."
-        yield Finding("recomputation", "ok" if again <= calls else "warning", text)
+        text = f"{len(active)} of {len(since)} blocks ran again in backward ({again} recomputes of {calls} forwards"
+        text += f"; a backward may run {backwards} times)." if backwards > 1 else ")."
+        yield Finding("recomputation", "ok" if again <= backwards * calls else "warning", text)
     if silent:
         text = f"{len(silent)} blocks ran, and no backward came back to them: {listed(silent)}."
         yield Finding("recomputation", "warning", text, silent)

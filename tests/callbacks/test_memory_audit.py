@@ -19,6 +19,7 @@ from lightning_memsave import (
     ActivationCheckpointing,
     ConfigurationError,
     EarlyZeroGrad,
+    GradientRelease,
     LowMemoryOptimizer,
     MemoryAudit,
 )
@@ -65,6 +66,13 @@ def test_a_sound_run_is_all_ok():
     assert found["optimizer state"][0]["text"] == f"AdamW holds state: {state / 1024:.2f} KiB float32."
     assert found["attention"][0]["text"].startswith("2 calls of scaled_dot_product_attention in float32, causal")
     assert ["ActivationCheckpointing", "recompute 2 Block in backward"] in found["lines"]
+
+
+def test_a_second_recompute_for_the_norm_is_no_warning():
+    found = audit(LitLM(), ActivationCheckpointing(), GradientRelease(clip="two_pass"), gradient_clip_val=1.0)
+    assert [(f["status"], f["text"]) for f in found["recomputation"]] == [
+        ("ok", "2 of 2 blocks ran again in backward (4 recomputes of 2 forwards; a backward may run 2 times).")
+    ]
 
 
 def test_tensors_without_gradient_are_named():

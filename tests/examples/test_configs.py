@@ -13,7 +13,7 @@ from lightning_memsave import last_report
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = EXAMPLES / "configs"
-COMPLETE = ("plain", "trio", "qlora")
+COMPLETE = ("plain", "trio", "full", "qlora")
 OVERLAYS = ("with_audit",)
 TINY = ["--model.model=tiny", "--data.num_tokens=32", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]
 
