@@ -67,7 +67,7 @@ class RepeatedHeads:
 
     def _reshape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        given = args[0] if args else kwargs.get("input")
+        given: Any = args[0] if args else kwargs.get("input")
         if _plain(given, 5) and _plain(out, 4) and given in self._expanded:
             source, copies = self._expanded[given]
             shape = given.shape
@@ -78,7 +78,7 @@ class RepeatedHeads:
 
     def _interleave(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        given = args[0] if args else kwargs.get("input")
+        given: Any = args[0] if args else kwargs.get("input")
         repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
         dim = args[2] if len(args) > 2 else kwargs.get("dim")
         if type(repeats) is int and repeats > 1 and dim is not None and _plain(given, 4) and _plain(out, 4):

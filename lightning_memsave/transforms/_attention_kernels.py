@@ -22,11 +22,11 @@ FORCED = {
     "math": SDPBackend.MATH,
 }
 _NAMES = {
-    int(SDPBackend.MATH): "math",
-    int(SDPBackend.FLASH_ATTENTION): "flash",
-    int(SDPBackend.EFFICIENT_ATTENTION): "memory-efficient",
-    int(SDPBackend.CUDNN_ATTENTION): "cuDNN",
-    int(SDPBackend.OVERRIDEABLE): "the device's own",
+    SDPBackend.MATH.value: "math",
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "memory-efficient",
+    SDPBackend.CUDNN_ATTENTION.value: "cuDNN",
+    SDPBackend.OVERRIDEABLE.value: "the device's own",
 }
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _CUDA_ONLY = ("sdpa_efficient", "sdpa_cudnn")
@@ -144,7 +144,7 @@ def why_not(call: SDPACall, backend: SDPBackend) -> str:
         return "the kernel exists on CUDA only"
     with sdpa_kernel([backend]):
         chosen, said = _ask(call)
-    if chosen == int(backend):
+    if chosen == backend.value:
         return ""
     return "; ".join(dict.fromkeys(said)) or f"torch gives no reason ({call.shown()})"
 
@@ -164,7 +164,7 @@ def _ask(call: SDPACall) -> tuple[int, list[str]]:
                 choose(query, key, value, mask, call.dropout, call.causal, scale=call.scale, enable_gqa=call.gqa)
             )
         except RuntimeError:
-            chosen = int(SDPBackend.ERROR)
+            chosen = SDPBackend.ERROR.value
     texts = [str(w.message).split(" (Triggered internally")[0].strip() for w in said]
     return chosen, [text.rstrip(".:") for text in texts if text and not any(noise in text for noise in _NOISE)]
 

@@ -53,7 +53,7 @@ class MaskReader:
         if mask.is_inference():  # has no version: it may have changed since it was read
             return self._read(mask, square, true_hides)
         base = mask if mask._base is None else mask._base
-        known: dict[object, MaskKind] = self._known.setdefault(base, {})
+        known: dict[object, MaskKind] = self._known.setdefault(base, {})  # type: ignore[no-untyped-call]
         key = (mask.shape, mask.stride(), mask.storage_offset(), mask._version, mask.dtype, square, true_hides)
         if key not in known:
             known[key] = self._read(mask, square, true_hides)
@@ -79,7 +79,7 @@ class MaskReader:
 
 
 def _can_be_read(mask: Tensor) -> bool:
-    if type(mask) is not Tensor or mask.device.type == "meta" or torch.jit.is_tracing():
+    if type(mask) is not Tensor or mask.device.type == "meta" or torch._C._get_tracing_state() is not None:
         return False
     return not (mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ Layer = tuple[str, str]  # class, qualified name
 # B = batch, H = heads, L = queries, S = keys, D = head dim
 _SUBJECT = "AttentionKernel"
 _MOST_SIGNATURES = 4096
+_GOOD = {
+    SDPBackend.MATH: ("math",),
+    SDPBackend.FLASH_ATTENTION: ("flash", "cuDNN"),
+    SDPBackend.EFFICIENT_ATTENTION: ("memory-efficient",),
+    SDPBackend.CUDNN_ATTENTION: ("cuDNN",),
+}
 _CODE_OPTIMIZED = 1  # co_flags of functions; the locals of other frames are global variables
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
@@ -61,7 +67,7 @@ class AttentionMode(TorchFunctionMode):
         self.left = 0
         self.masks = MaskReader()
         self._heads = RepeatedHeads()
-        self._chosen: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self._chosen: dict[tuple[Any, ...], tuple[str, str, str]] = {}
         self._handlers: dict[Any, Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head,
@@ -139,6 +145,9 @@ class AttentionMode(TorchFunctionMode):
         torch takes a mode off while it handles a call, and the body of these functions would hand itself to the mode
         again; so the body runs without that look.
         """
+        given = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (list, tuple)) else (a,))]
+        if any(_has_own_functions(t) for t in given):
+            return func(*args, **kwargs)
         with self:
             return _body(func)(*args, **kwargs)
 
@@ -193,7 +202,7 @@ class AttentionMode(TorchFunctionMode):
         call = make()
         kernel, reason = kernel_of(call), ""
         wanted = FORCED.get(self.implementation, SDPBackend.FLASH_ATTENTION)
-        if wanted != SDPBackend.MATH and kernel not in ("flash", "cuDNN"):
+        if kernel not in _GOOD[wanted]:
             reason = why_not(call, wanted) or "torch's settings prefer another kernel"
         known = self._chosen[signature] = kernel, call.shown(), reason
         return known, True
@@ -216,7 +225,7 @@ class AttentionMode(TorchFunctionMode):
 
     def _layer(self) -> tuple[str, str]:
         """Return the class and the name of the calling module: looked up in the frames, on first calls only."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
             first = code.co_varnames[0] if code.co_argcount and code.co_flags & _CODE_OPTIMIZED else ""
@@ -227,7 +236,7 @@ class AttentionMode(TorchFunctionMode):
                     local.clear()  # a snapshot that lives as long as the frame, and would keep its tensors
                 if isinstance(module, nn.Module):
                     return type(module).__name__, self.names.get(id(module), "")
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return "a function", ""
 
 
@@ -251,6 +260,13 @@ def _body(function: Any) -> Callable[..., Any]:
     body = FunctionType(function.__code__, {**function.__globals__, **never}, function.__name__, function.__defaults__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def _has_own_functions(value: Any) -> bool:
+    """Whether a value is a tensor of a subclass that handles torch functions itself."""
+    if not isinstance(value, Tensor) or type(value) is Tensor:
+        return False
+    return type(value).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def _never(*ignored: Any) -> bool:

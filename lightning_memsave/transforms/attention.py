@@ -80,10 +80,9 @@ class AttentionRun:
     """
 
     def __init__(self, root: nn.Module, implementation: str, change: ModelsChange) -> None:
-        names = {id(module): name for name, module in root.named_modules()}
         self._root = root
         self.implementation = implementation
-        self.mode = AttentionMode(implementation, names)
+        self.mode = AttentionMode(implementation, {})
         self.outside = change.outside
         self._note = f" ({'; '.join(change.lines)})" if change.lines else ""
         self._active = False
@@ -102,6 +101,8 @@ class AttentionRun:
             return
         if phase == "training_step":
             self.mode.masks.clear()
+        if self.mode.recording:
+            self.mode.names = {id(module): name for name, module in self._root.named_modules()}
         self._active = True
         try:
             with ExitStack() as stack:

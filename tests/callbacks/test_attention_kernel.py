@@ -15,7 +15,15 @@ from helpers import LitLM, make_loader, make_trainer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_memsave import ActivationCheckpointing, AttentionKernel, LoRA, MemoryAudit, apply
+from lightning_memsave import (
+    ActivationCheckpointing,
+    AttentionKernel,
+    ChunkedLoss,
+    LoRA,
+    MemoryAudit,
+    TiledCompute,
+    apply,
+)
 from lightning_memsave.errors import ConfigurationError, NothingToTransformError
 from lightning_memsave.transforms import _attention_models
 from lightning_memsave.transforms._attention_models import ModelsChange
@@ -119,12 +127,22 @@ def _init(self: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "others", [[ActivationCheckpointing(["MaskedBlock"])], [LoRA(modules=["*.q", "*.v"])]], ids=["checkpoint", "LoRA"]
+    "others",
+    [
+        [ActivationCheckpointing(["MaskedBlock"])],
+        [LoRA(modules=["*.q", "*.v"])],
+        [
+            LoRA(modules=["*.q", "*.v"]),
+            ActivationCheckpointing(["MaskedBlock"]),
+            ChunkedLoss(),
+            TiledCompute(["encoder.norm?"], tile_tokens=4),
+        ],
+    ],
+    ids=["checkpointing", "LoRA", "all"],
 )
 def test_other_methods_see_the_same_kernel(others):
     plain, found = Masked().double(), Masked().double()
-    with sdpa_kernel([SDPBackend.MATH]):
-        fit(plain, *copy.deepcopy(others), precision="64-true")
+    fit(plain, AttentionKernel("math"), *copy.deepcopy(others), precision="64-true")
     fit(found, AttentionKernel(), *copy.deepcopy(others), precision="64-true")
     assert_same(found, plain)
 

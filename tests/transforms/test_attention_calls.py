@@ -343,6 +343,47 @@ def test_attention_weights_are_still_returned_and_said():
         layer(x, x, x)
 
 
+class Noted(Tensor):
+    """A loss with a backward of its own."""
+
+    backwards = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        Noted.backwards += func is Tensor.backward
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_subclass_sees_its_backward():
+    x = torch.ones(2, requires_grad=True)
+    with AttentionMode("auto", {}):
+        (x * 2).sum().as_subclass(Noted).backward()
+    assert Noted.backwards == 1
+    assert torch.equal(x.grad, torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("start", ["Tensor.backward", "autograd.backward", "autograd.grad"])
+def test_a_recompute_makes_the_calls_of_the_forward(start):
+    (q, k, v), mode, spy = tensors(KV), AttentionMode("auto", {}), Spy()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), TRIL)
+
+    with spy, mode:
+        loss = torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False).square().sum()
+        if start == "Tensor.backward":
+            loss.backward()
+        elif start == "autograd.backward":
+            torch.autograd.backward([loss])
+        else:
+            q.grad, k.grad, v.grad = torch.autograd.grad(loss, [q, k, v])
+    assert [(c.mask, c.causal, c.gqa) for c in spy.calls] == [(None, True, True)] * 2
+    found = [t.grad for t in (q, k, v)]
+    expected, _ = run(attend, None, kv=KV)
+    for e, f in zip(expected[1:], found):
+        torch.testing.assert_close(f, e, rtol=0, atol=TOLERANCE)
+
+
 # -- what is left alone -----------------------------------------------------------------------------------------------
 def test_calls_inside_of_torch_func_are_left_as_they_are():
     mode, mask = AttentionMode("auto", {}), torch.ones(T, T, dtype=torch.bool)
