@@ -27,9 +27,9 @@ class AttentionKernel(ModelTransform):
     Hugging Face models get their attention implementation set, in every part of a composite model. Calls of
     ``torch.nn.functional.scaled_dot_product_attention`` and ``nn.MultiheadAttention`` are looked at during steps and
     backwards, and what silently forces a slow kernel is taken away where the result is the same: masks that hide
-    nothing, masks that equal ``is_causal=True``, key and value heads repeated for grouped queries. ``q``, ``k`` and
-    ``v`` of different dtypes, which torch refuses, run in the narrowest of them; fp32 calls stay fp32. After the first
-    step one line for each kernel and reason says which layers it runs.
+    nothing, masks that equal ``is_causal=True``, key and value heads repeated for grouped queries, a missing dimension
+    of heads. ``q``, ``k`` and ``v`` of different dtypes, which torch refuses, run in the narrowest of them; fp32 calls
+    stay fp32. After the first step one line for each kernel and reason says which layers it runs.
 
     **Saves** ``batch * heads * tokens * tokens * itemsize`` bytes a layer where scores were kept; with repeated heads
     also ``2 * batch * (heads - key_heads) * tokens * head_dim * itemsize``.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["FORCED", "IMPLEMENTATIONS", "SDPACall", "device_problem", "kernel_of", "why_not"]
+__all__ = ["FORCED", "IMPLEMENTATIONS", "SDPACall", "autocast_is_on", "device_problem", "kernel_of", "why_not"]
 
 # H = heads, L = queries, S = keys, D = head dim
 IMPLEMENTATIONS = ("auto", "flash_attention", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex", "math")
@@ -91,7 +91,7 @@ class SDPACall:
     def compute_dtype(self) -> torch.dtype:
         """The dtype the kernel gets: autocast's, where it is on."""
         device, dtype = self.query.device.type, self.query.dtype
-        if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        if dtype == torch.float64 or not autocast_is_on(device):
             return dtype
         return torch.get_autocast_dtype(device)
 
@@ -128,6 +128,11 @@ def device_problem(implementation: str, device_type: str) -> str | None:
     if implementation == "flex" and device_type == "cpu":
         return "flex attention has no backward on the CPU"
     return None
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Return whether autocast is on for a kind of device; there are kinds that have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def kernel_of(call: SDPACall) -> str:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_memsave.errors import ConfigurationError
 from lightning_memsave.memory.audit import listed
 from lightning_memsave.transforms._attention_heads import RepeatedHeads
-from lightning_memsave.transforms._attention_kernels import FORCED, SDPACall, kernel_of, why_not
+from lightning_memsave.transforms._attention_kernels import FORCED, SDPACall, autocast_is_on, kernel_of, why_not
 from lightning_memsave.transforms._attention_masks import MaskReader
 
 __all__ = ["AttentionMode", "Layer", "shown_layers"]
@@ -96,18 +96,21 @@ class AttentionMode(TorchFunctionMode):
         call = SDPACall.bind(args, kwargs)
         if not _shapes_known(call):
             return self._leave(func, args, kwargs)
+        added = False
         if self.implementation != "math":
             self._same_dtype(call)
             self._drop_mask(call)
             self._share_heads(call)
+            added = self._four_dimensions(call)
         self._check(call.signature(), lambda: call)
-        return func(**call.arguments())
+        out = func(**call.arguments())
+        return out.squeeze(1) if added else out
 
     def _same_dtype(self, call: SDPACall) -> None:
         """Cast q, k and v that differ to the narrowest of their dtypes: torch refuses them outside of autocast."""
         tensors = (call.query, call.key, call.value)
         dtypes = {t.dtype for t in tensors}
-        if len(dtypes) == 1 or torch.is_autocast_enabled(call.query.device.type):
+        if len(dtypes) == 1 or autocast_is_on(call.query.device.type):
             return
         dtype = min((t.dtype for t in tensors), key=lambda d: (d.itemsize, d != call.value.dtype))
         call.query, call.key, call.value = (t.to(dtype) for t in tensors)
@@ -131,6 +134,8 @@ class AttentionMode(TorchFunctionMode):
         if call.gqa or call.query.ndim != 4:
             return
         key, value = self._heads.source(call.key), self._heads.source(call.value)
+        if call.key.shape[1] == call.value.shape[1] == 1 < call.query.shape[1]:  # broadcast
+            key, value = call.key, call.value
         if key is None or value is None or key.shape[1] != value.shape[1] or call.query.shape[1] % key.shape[1]:
             return
         grouped = SDPACall(call.query, key, value, call.mask, call.dropout, call.causal, call.scale, gqa=True)
@@ -138,6 +143,18 @@ class AttentionMode(TorchFunctionMode):
         if fused or self._kernel(call)[0] in ("", "math"):
             call.key, call.value, call.gqa = key, value, True
             self.rewrites["repeated key and value heads shared (enable_gqa=True)"] += 1
+
+    def _four_dimensions(self, call: SDPACall) -> bool:
+        """Give calls without heads one head: fused kernels take four dimensions."""
+        tensors = (call.query, call.key, call.value)
+        fits = call.mask is None or call.mask.ndim in (2, 3)
+        if not fits or any(t.ndim != 3 for t in tensors) or len({t.shape[0] for t in tensors}) > 1:
+            return False
+        call.query, call.key, call.value = (t.unsqueeze(1) for t in tensors)
+        if call.mask is not None and call.mask.ndim == 3:
+            call.mask = call.mask.unsqueeze(1)
+        self.rewrites["calls without a dimension of heads given one"] += 1
+        return True
 
     def _backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a backward under this mode, so that a recompute in it makes the calls the forward made.
@@ -284,7 +301,7 @@ def _shapes_known(call: SDPACall) -> bool:
     tensors = (call.query, call.key, call.value, *(() if call.mask is None else (call.mask,)))
     return all(
         type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_nested for t in tensors
-    ) and all(t.ndim >= 2 and t.is_floating_point() for t in tensors[:3])
+    ) and all(t.ndim >= 2 and t.is_floating_point() and t.device.type != "meta" for t in tensors[:3])
 
 
 def _kind(masks: MaskReader, mask: Tensor, queries: int, keys: int) -> str:
@@ -299,7 +316,7 @@ def _signature_inside(given: Mapping[str, Any]) -> tuple[Any, ...]:
         given["num_heads"],
         query.dtype,
         query.device,
-        torch.is_autocast_enabled(query.device.type),
+        autocast_is_on(query.device.type),
         None if mask is None else mask.dtype,
         given["key_padding_mask"] is None,
         given["is_causal"],

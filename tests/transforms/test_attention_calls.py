@@ -133,6 +133,19 @@ def test_repeated_heads_are_shared_again(name):
     assert mode.rewrites == {"repeated key and value heads shared (enable_gqa=True)": 1}
 
 
+def test_one_head_that_is_broadcast_is_shared():
+    call, mode = same(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), kv=1)
+    assert call.gqa
+    assert [kernel for kernel, *_ in mode.kernels] == ["flash"]
+
+
+@pytest.mark.parametrize("mask", [None, TRIL.tril(-1) | torch.eye(T, dtype=torch.bool), padded()[:, 0]], ids=str)
+def test_a_call_without_heads_runs_a_fused_kernel(mask):
+    call, mode = same(lambda q, k, v: F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0], mask))
+    assert call.query.shape == (B, 1, T, D)
+    assert [kernel for kernel, *_ in mode.kernels] == ["flash"]
+
+
 def cycled(x: Tensor) -> Tensor:
     return x[:, None].expand(B, H // KV, KV, T, D).reshape(B, H, T, D)  # heads in another order
 
@@ -385,6 +398,13 @@ def test_a_recompute_makes_the_calls_of_the_forward(start):
 
 
 # -- what is left alone -----------------------------------------------------------------------------------------------
+def test_tensors_without_values_are_left_as_they_are():
+    mode, x = AttentionMode("auto", {}), torch.empty(B, H, T, D, device="meta")
+    with mode:
+        assert F.scaled_dot_product_attention(x, x, x).shape == x.shape
+    assert mode.left == 1
+
+
 def test_calls_inside_of_torch_func_are_left_as_they_are():
     mode, mask = AttentionMode("auto", {}), torch.ones(T, T, dtype=torch.bool)
     with mode:
