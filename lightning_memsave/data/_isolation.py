@@ -62,8 +62,8 @@ def _advice(collator: PackingCollator) -> str:
     if collator.form == "documents":
         return "Build the mask from document_ids with document_mask, and read position_ids."
     return (
-        "Write PackingCollator(config=model.config), or another attention=...; a model that has no such form cannot be "
-        "packed: use LengthGroupedSampler."
+        "PackingCollator.for_model(model) looks for a form that keeps them apart; if there is none, use "
+        "LengthGroupedSampler instead of packing."
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_memsave.data._forms import FORMS, choose_form, forms_for
 from lightning_memsave.data._isolation import check_isolation
 from lightning_memsave.data._samples import as_mapping, per_token_keys, tokens_of
 from lightning_memsave.data.masks import document_mask
@@ -17,7 +18,6 @@ from lightning_memsave.errors import ConfigurationError, raise_problems
 __all__ = ["PackingCollator"]
 
 Attention = Literal["auto", "positions", "flash", "mask", "additive", "documents"]
-_FORMS = ("auto", "positions", "flash", "mask", "additive", "documents")
 _OURS = ("position_ids", "document_ids")
 _IGNORED = -100
 
@@ -46,7 +46,8 @@ class PackingCollator:
     ``auto`` is ``flash`` if ``config`` says so, and otherwise ``positions`` together with the lengths of ``flash``:
     right under every implementation of a causal model of transformers, also if it is changed later. (Write
     ``positions`` if your model takes no such lengths, or is compiled.) Bidirectional models get ``mask`` or
-    ``additive``. ``check(model)`` proves it on yours.
+    ``additive``, and so do models known to ignore positions. ``check(model)`` proves it on yours, and
+    ``PackingCollator.for_model(model)`` chooses by such proofs.
 
     **Saves** padding, see ``PackedDataset``.
     **Costs** under ``sdpa`` and ``eager`` a mask of ``batch * tokens**2`` bytes, which the model builds on its device
@@ -87,8 +88,8 @@ class PackingCollator:
         length: int | None = None,
     ) -> None:
         problems = []
-        if attention not in _FORMS:
-            problems.append(f"attention={attention!r}: write one of {', '.join(map(repr, _FORMS))}.")
+        if attention not in FORMS:
+            problems.append(f"attention={attention!r}: write one of {', '.join(map(repr, FORMS))}.")
         if attention == "positions" and not causal:
             problems.append(
                 "attention='positions' with causal=False: bidirectional models read no document from positions; write "
@@ -102,7 +103,7 @@ class PackingCollator:
         self.causal = causal
         self.pad_token_id = pad_token_id
         self.length = length
-        self.form = _form(attention, config, causal)
+        self.form = choose_form(attention, config, causal)
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return a batch of packs; a sample without ``document_ids`` is one document."""
@@ -149,6 +150,34 @@ class PackingCollator:
 
         """
         check_isolation(self, model, forward, vocabulary)
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, *, causal: bool = True, pad_token_id: int = 0, length: int | None = None
+    ) -> PackingCollator:
+        """Return the collator with the lightest form that ``check`` proves right on a transformers model.
+
+        Args:
+            model: The network, on the device it runs on.
+            causal: As for the class.
+            pad_token_id: As for the class.
+            length: As for the class.
+
+        Raises:
+            ConfigurationError: If no form keeps documents apart; the message says what each one did.
+
+        """
+        failures = []
+        for form in forms_for(getattr(model, "config", None), causal):
+            try:
+                collator = cls(form, config=None, causal=causal, pad_token_id=pad_token_id, length=length)
+                collator.check(model)
+            except (ConfigurationError, TypeError, ValueError, RuntimeError) as error:
+                failures.append(f"attention={form!r}: {type(error).__name__}: {error}")
+            else:
+                return collator
+        raise_problems(f"PackingCollator.for_model({type(model).__name__})", failures)
+        raise AssertionError("a form returned or failed")
 
     def _row(self, index: int, sample: Mapping[str, Any]) -> dict[str, Tensor]:
         subject = "PackingCollator"
@@ -198,41 +227,3 @@ def _flash_arguments(lengths: Tensor) -> dict[str, Any]:
     ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
-def _form(attention: str, config: Any, causal: bool) -> str:
-    """Return the form of a batch: one of the choices, or ``any`` (positions and flash's lengths)."""
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if attention in {"mask", "additive"} and window:
-        raise ConfigurationError(
-            f"PackingCollator: attention={attention!r} with a model of sliding_window={window}: such a mask takes the "
-            "place of the window's. Write attention='positions', under which the model builds both."
-        )
-    if attention != "auto":
-        return attention
-    if config is None:
-        return "any" if causal else "mask"
-    recurrent = sorted({kind for kind in getattr(config, "layer_types", None) or () if not _attends(kind)})
-    if recurrent:
-        raise ConfigurationError(
-            f"PackingCollator: {config.model_type} has layers of type {recurrent}, which carry state from one document "
-            "to the next. If its kernels reset it, write the form yourself, e.g. attention='flash', and run "
-            "check(model); otherwise use LengthGroupedSampler instead of packing."
-        )
-    implementation = str(getattr(config, "_attn_implementation", None) or "eager")
-    if "flash" in implementation:
-        return "flash"
-    if causal and implementation in {"sdpa", "eager", "flex_attention"}:
-        return "any"
-    if implementation in {"sdpa", "eager"}:
-        return {"sdpa": "mask", "eager": "additive"}[implementation]
-    raise ConfigurationError(
-        f"PackingCollator: no form of a batch is known for attn_implementation={implementation!r}"
-        f"{'' if causal else ' with causal=False'}; load the model with attn_implementation='sdpa'."
-    )
-
-
-def _attends(kind: str) -> bool:
-    return kind.endswith("attention") and "linear" not in kind

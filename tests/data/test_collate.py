@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader
 import lightning_memsave
 from lightning_memsave import ConfigurationError, PackedDataset, PackingCollator, document_mask
 from lightning_memsave.callbacks._lightning import NAMESPACES
+from lightning_memsave.data._forms import IGNORES_POSITIONS, RECURRENT
 
 # Worst seen: 2.6e-7 of the largest logit. Kernels sum in another order over a row of other length.
 LOGITS_TOLERANCE = 1e-6
@@ -157,7 +160,7 @@ def test_position_ids_alone_contaminate() -> None:
 
 TAKES_MASKS = pytest.mark.skipif(
     Version(metadata.version("transformers")) < Version("5"),
-    reason="encoders of transformers 4 take no (B, 1, T, T) mask; they raise",
+    reason="encoders and XGLM of transformers 4 take no (B, 1, T, T) mask",
 )
 
 
@@ -199,7 +202,7 @@ def test_positions_that_do_not_start_at_zero_are_found_out() -> None:
 
 def test_a_window_lost_to_a_mask_is_found_out() -> None:
     model = make_model("mistral", "sdpa")
-    with pytest.raises(ConfigurationError, match="sliding_window=4: such a mask takes the place"):
+    with pytest.raises(ConfigurationError, match="sliding_window=4 takes the place of the window's"):
         PackingCollator("mask", config=model.config)
     with pytest.raises(ConfigurationError, match="against the document alone"):
         PackingCollator("mask").check(model)
@@ -406,13 +409,87 @@ def make_config(implementation: str) -> Any:
     return config
 
 
+OLDER = {
+    # Its masks ignore positions, and take one from outside.
+    "OPT": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, "sdpa", "mask"),
+    "XGLM": ({"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}, "eager", "additive"),
+}
+
+
+@pytest.mark.parametrize("family", ["OPT", pytest.param("XGLM", marks=TAKES_MASKS)])
+def test_a_model_whose_masks_ignore_positions_gets_a_mask(family: str) -> None:
+    transformers = importlib.import_module("transformers")
+    extra, implementation, form = OLDER[family]
+    config = getattr(transformers, f"{family}Config")(
+        **{**SMALL, **extra}, max_position_embeddings=128, attn_implementation=implementation
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(ConfigurationError, match="documents see each other"):
+        PackingCollator("positions").check(model)
+    for collator in (PackingCollator(config=config), PackingCollator.for_model(model)):
+        assert collator.form == form
+        collator.check(model)
+
+
+def test_a_model_with_windows_whose_masks_ignore_positions_is_refused() -> None:
+    transformers = importlib.import_module("transformers")
+    config = transformers.GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ConfigurationError, match="takes the place of the window's"):
+        PackingCollator(config=config)
+
+
+def test_the_form_is_chosen_by_what_the_model_does() -> None:
+    assert PackingCollator.for_model(make_model("mistral", "sdpa")).form == PackingCollator().form
+    transformers = importlib.import_module("transformers")
+    model = transformers.RwkvForCausalLM(
+        transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    )
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)RwkvForCausalLM.*attention='auto'.*'positions'.*'mask'.*'additive'"
+    ):
+        PackingCollator.for_model(model)
+
+
+def mask_calls(tree: ast.AST) -> list[ast.Call]:
+    names = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask", "mask_function"}
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", None) in names]
+
+
+def reads_positions(source: str) -> bool:
+    """Whether every mask that a modeling file builds is given the positions."""
+    calls = mask_calls(ast.parse(source))
+    named = [{k.arg: k.value for k in call.keywords} for call in calls]
+    collected = '"position_ids": ' in source  # the arguments of several masks in one dict
+    return bool(calls) and all(
+        (None in k and collected) or ("position_ids" in k and getattr(k["position_ids"], "value", "") is not None)
+        for k in named
+    )
+
+
+def test_every_model_whose_masks_ignore_positions_is_known() -> None:
+    transformers = importlib.import_module("transformers")
+    names = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sources = {}
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = file.read_text(encoding="utf-8")
+        sources.update(dict.fromkeys(re.findall(r"^class (\w+)", text, re.MULTILINE), text))
+    found = {kind: sources.get(name if isinstance(name, str) else name[0]) for kind, name in names.items()}
+    unknown = (
+        {kind for kind, text in found.items() if text and not reads_positions(text)} - IGNORES_POSITIONS - RECURRENT
+    )
+    assert not unknown, "add them to IGNORES_POSITIONS"
+    assert {"llama", "qwen2", "mistral", "gemma3_text", "gpt_neox"} <= {
+        k for k, t in found.items() if t and reads_positions(t)
+    }
+
+
 def test_a_recurrent_model_is_refused() -> None:
     transformers = importlib.import_module("transformers")
     config = transformers.Lfm2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, layer_types=["conv", "full_attention"], max_position_embeddings=128,
     )  # fmt: skip
-    with pytest.raises(ConfigurationError, match=r"lfm2 has layers of type \['conv'\]"):
+    with pytest.raises(ConfigurationError, match="lfm2 has layers that carry a state"):
         PackingCollator(config=config)
     model = transformers.Lfm2ForCausalLM(config)
     with pytest.raises(ConfigurationError, match="documents see each other in Lfm2ForCausalLM"):
