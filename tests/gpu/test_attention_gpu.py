@@ -57,7 +57,7 @@ class Masked(LitLM):
 
 def fit(module: Any, *callbacks: Any, **options: Any) -> Any:
     trainer = make_trainer(callbacks=list(callbacks), **{**HALF, **options})
-    trainer.fit(module, make_loader())
+    trainer.fit(module, make_loader(num_tokens=128))
     return module
 
 
@@ -69,7 +69,7 @@ def test_torch_says_why_a_kernel_cannot_run(cuda) -> None:
     assert "mask" in why_not(SDPACall(q, k, v, mask), SDPBackend.FLASH_ATTENTION).lower()
     wide = SDPACall(*tensors(dtype=torch.float32), causal=True)
     assert "Half" in why_not(wide, SDPBackend.FLASH_ATTENTION)
-    assert "head_dim" in why_not(SDPACall(*tensors(dim=512)), SDPBackend.FLASH_ATTENTION).lower().replace(" ", "_")
+    assert "256" in why_not(SDPACall(*tensors(dim=512)), SDPBackend.FLASH_ATTENTION)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "flash_attention", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"])
