@@ -12,6 +12,7 @@ from typing import Any
 from lightning_memsave._imports import is_available
 from lightning_memsave.callbacks._lightning import NAMESPACES, Callback
 from lightning_memsave.errors import ConfigurationError, raise_problems
+from lightning_memsave.planner.catalog import CATALOG
 
 __all__ = ["read_callbacks"]
 
@@ -105,7 +106,9 @@ def _find(class_path: str) -> type:
         raise ValueError(f"it is not a dotted path.{_nearest(f'lightning_memsave.{name}', ours)}")
     bases = (Callback, *(namespace.Callback for namespace in NAMESPACES))
     if not (inspect.isclass(cls) and issubclass(cls, bases)):
-        raise ValueError(f"it is not a Lightning callback.{_nearest(class_path, ours)}")
+        slot = next((m.slot for m in CATALOG if class_path == f"lightning_memsave.{m.name}"), None)
+        hint = f" Move it to trainer.{slot} of the project's own configuration." if slot else _nearest(class_path, ours)
+        raise ValueError(f"it is not a Lightning callback.{hint}")
     return cls
 
 

@@ -10,10 +10,10 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lightning_memsave.errors import MissingDependencyError
+from lightning_memsave.errors import ConfigurationError, MissingDependencyError
 from lightning_memsave.strategies._registry import register_names
 
-__all__ = ["NAMESPACES", "Callback", "namespace_of", "of_every_namespace", "strategy_kind"]
+__all__ = ["NAMESPACES", "Callback", "NotACallback", "namespace_of", "of_every_namespace", "strategy_kind"]
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -54,6 +54,20 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
     Callback = of_every_namespace("Callback")
+
+
+class NotACallback:
+    """Mixin of what belongs into another argument of the Trainer, and is easily put among the callbacks."""
+
+    belongs = ""
+
+    @property
+    def state_key(self) -> str:
+        """Say where it belongs: the Trainer asks callbacks for this, and nothing else."""
+        raise ConfigurationError(
+            f"{type(self).__name__} is not a callback, and was found in Trainer(callbacks=[...]). "
+            f"Write Trainer({self.belongs.format(type(self).__name__)})."
+        )
 
 
 def namespace_of(trainer: Any) -> ModuleType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from lightning_memsave.callbacks._lightning import NAMESPACES, of_every_namespace
+from lightning_memsave.callbacks._lightning import NAMESPACES, NotACallback, of_every_namespace
 from lightning_memsave.callbacks._session import Session
 
 if TYPE_CHECKING:
@@ -16,8 +16,10 @@ else:
 __all__ = ["PrecisionPlugin", "end_session"]
 
 
-class PrecisionPlugin(Precision):
+class PrecisionPlugin(NotACallback, Precision):
     """A precision plugin that Trainers of every namespace accept."""
+
+    belongs = "plugins=[{}(...)]"
 
     def _clip_gradients(self, model: Any, *args: Any, **kwargs: Any) -> None:
         # The inherited method looks for a LightningModule of its own namespace, and clips nothing if it finds another.

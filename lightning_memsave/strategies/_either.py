@@ -11,14 +11,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from lightning_memsave.callbacks._lightning import NAMESPACES
+from lightning_memsave.callbacks._lightning import NAMESPACES, NotACallback
 from lightning_memsave.strategies._registry import as_memsave_run
 
 __all__ = ["EitherTrainer"]
 
 
-class EitherTrainer:
+class EitherTrainer(NotACallback):
     """Mixin, before Lightning's class in the list of bases."""
+
+    belongs = "strategy={}(...)"
 
     @property
     def namespace(self) -> ModuleType:

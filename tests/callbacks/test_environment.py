@@ -138,6 +138,10 @@ WRONG = {
     "a wrong key": ("- {class_path: lightning_memsave.QLoRA, init_arg: {}}", "keys 'init_arg'; only class_path and"),
     "arguments that are no mapping": ("- {class_path: lightning_memsave.QLoRA, init_args: [8]}", r"init_args is \[8\]"),
     "something that is no callback": ("- class_path: torch.nn.Linear", "it is not a Lightning callback"),
+    "a precision plugin": (
+        "- class_path: lightning_memsave.BF16Precision",
+        r"it is not a Lightning callback. Move it to trainer.plugins of the project's own configuration",
+    ),
     "an entry without a class": ("- {init_args: {}}", "Write class_path: lightning_memsave.NAME"),
     "an empty file": ("", "expected a list of"),
     "an empty list": ("[]", "expected a list of"),

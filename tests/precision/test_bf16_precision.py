@@ -392,6 +392,11 @@ def test_wrong_arguments_say_what_to_write(arguments, message) -> None:
         BF16Precision(1, correction=2)
 
 
+def test_among_the_callbacks_it_says_where_it_belongs() -> None:
+    with pytest.raises(ConfigurationError, match=r"not a callback.*Write Trainer\(plugins=\[BF16Precision\("):
+        make_trainer(callbacks=[BF16Precision("split")])
+
+
 def test_a_pattern_that_matches_nothing_is_refused_and_the_default_is_not() -> None:
     with pytest.raises(NothingToTransformError, match=r"keep_fp32='\*\.rotor' matched none"):
         fit(LitLM(), BF16Precision(keep_fp32=["*norm*", "*.rotor"]))

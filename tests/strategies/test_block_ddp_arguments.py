@@ -47,6 +47,11 @@ def test_wrong_arguments_are_refused_with_what_to_write(arguments: dict[str, obj
     assert message in str(caught.value)
 
 
+def test_among_the_callbacks_it_says_where_it_belongs() -> None:
+    with pytest.raises(ConfigurationError, match=r"not a callback.*Write Trainer\(strategy=BlockDDPStrategy\("):
+        make_trainer(pl, callbacks=[BlockDDPStrategy()]).fit(LitLM(), make_loader())
+
+
 def test_the_arguments_of_ddp_pass_through_by_name() -> None:
     environment = LightningEnvironment()
     strategy = BlockDDPStrategy(
