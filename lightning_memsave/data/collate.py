@@ -27,27 +27,21 @@ class PackingCollator:
 
     Position ids alone do not keep documents apart: transformers ignores their restarts as soon as a batch has an
     ``attention_mask`` (even one of ones), or ``use_cache`` is on (it is, by default). What keeps them apart depends on
-    the attention implementation, and this emits what it needs:
+    the attention implementation, and this emits what it needs beside ``input_ids`` and ``labels``:
 
-    ============== ===================================================================== ==============================
-    ``attention``  Batch, beside ``input_ids`` and ``labels``                            For
-    ============== ===================================================================== ==============================
-    ``positions``  ``position_ids`` that restart, ``use_cache=False``, no mask           ``sdpa``, ``eager`` and
-                                                                                         ``flex_attention`` of
-                                                                                         transformers, causal models
-    ``flash``      the same, in one row without padding, and ``cu_seq_lens_q/k``,        flash attention of
-                   ``max_length_q/k``                                                    transformers
-    ``mask``       ``position_ids``, bool ``attention_mask`` ``(B, 1, T, T)``            ``sdpa``, bidirectional too
-    ``additive``   ``position_ids``, float ``attention_mask`` ``(B, 1, T, T)``           ``eager``, bidirectional too
-    ``documents``  ``position_ids``, ``document_ids``                                    your own attention, with
-                                                                                         ``document_mask``
-    ============== ===================================================================== ==============================
+    * ``positions`` (``sdpa``, ``eager`` and ``flex_attention`` of transformers, causal models): ``position_ids`` that
+      restart, ``use_cache=False``, no mask.
+    * ``flash`` (flash attention of transformers): the same, in one row without padding, and ``cu_seq_lens_q/k``,
+      ``max_length_q/k``.
+    * ``mask`` (``sdpa``, bidirectional models too): ``position_ids``, bool ``attention_mask`` ``(B, 1, T, T)``.
+    * ``additive`` (``eager``, bidirectional models too): the same, float32.
+    * ``documents`` (attention of your own, with ``document_mask``): ``position_ids``, ``document_ids``.
 
-    ``auto`` is ``flash`` if ``config`` says so, and otherwise ``positions`` together with the lengths of ``flash``:
-    right under every implementation of a causal model of transformers, also if it is changed later. (Write
-    ``positions`` if your model takes no such lengths, or is compiled.) Bidirectional models get ``mask`` or
-    ``additive``, and so do models known to ignore positions. ``check(model)`` proves it on yours, and
-    ``PackingCollator.for_model(model)`` chooses by such proofs.
+    With a ``config``, ``auto`` is ``flash`` if it says so, ``mask`` or ``additive`` for bidirectional models and those
+    known to ignore positions, and refuses recurrent ones. Otherwise, and without a config, it is ``positions`` together
+    with the lengths of ``flash``: right under every implementation of the models that read positions, also if it is
+    changed later. (Write ``positions`` if your model takes no such lengths, or is compiled.) ``check(model)`` proves it
+    on yours, and ``PackingCollator.for_model(model)`` chooses by such proofs.
 
     **Saves** padding, see ``PackedDataset``.
     **Costs** under ``sdpa`` and ``eager`` a mask of ``batch * tokens**2`` bytes, which the model builds on its device

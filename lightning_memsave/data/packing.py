@@ -30,7 +30,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     **Saves** the padding: a batch padded to its longest sample holds ``batch_size * longest`` tokens in every
     activation, a batch of packs holds ``efficiency`` real tokens for each token of memory.
     **Costs** one read of all lengths (a ``datasets.Dataset`` is counted without reading tokens), about a second per
-    million documents to pack them, and 8 bytes a document and 8 bytes a pack, in two tensors that workers share.
+    million documents to pack them, and 16 bytes a document and 8 bytes a pack, in tensors that workers share.
     **Numerics** the order in which documents meet in a batch changes. The loss of a batch of packs is the mean over
     its tokens, as if every document were weighted by its length.
 

@@ -1,4 +1,4 @@
-"""Packs hold every token once, in the fewest rows, and cost two tensors."""
+"""Packs hold every token once, in the fewest rows, and cost three tensors."""
 
 from __future__ import annotations
 
@@ -221,12 +221,12 @@ def test_known_lengths_spare_the_first_read() -> None:
     assert Counting.reads == 1 + 50 + 1
 
 
-def test_packs_are_two_tensors_whatever_the_number_of_samples() -> None:
+def test_packs_are_three_tensors_whatever_the_number_of_samples() -> None:
     packs = PackedDataset(documents(5000), 64, lengths=[len(d["input_ids"]) for d in documents(5000)])
     held = {name: value for name, value in vars(packs).items() if name != "dataset"}
     tensors = {name for name, value in held.items() if isinstance(value, torch.Tensor)}
     assert tensors == {"lengths", "_samples", "_offsets"}
-    assert packs._samples.nbytes == 8 * 5000
+    assert packs._samples.nbytes == packs.lengths.nbytes == 8 * 5000
     assert packs._offsets.nbytes == 8 * (len(packs) + 1)
     assert all(isinstance(value, (int, str, tuple, type(None))) for name, value in held.items() if name not in tensors)
 
