@@ -30,7 +30,7 @@ class SavedActivationPrecision(ModelTransform):
     ``nn.ReLU`` and ``nn.Dropout`` modules keep one bit a value, exactly.
     **Costs** the rounding in forward and back in backward, both element by element, and an fp32 copy of one tensor
     meanwhile.
-    **Numerics** are bounded: ``int8`` is off by at most 1/254 of the largest of 256 neighbouring values, ``fp8`` by
+    **Numerics** are bounded: ``int8`` is off by at most 1/252 of the largest of 256 neighbouring values, ``fp8`` by
     1/16 of the value itself (and 2^-10 / 448 of the largest). Losses of a step are exact, gradients are not.
     **Does not combine with** ``ActivationCheckpointing`` or ``ActivationOffloading`` over the same blocks: what they
     keep is little, and its rounding would reach the forward that is repeated. Tensors that are no plain memory, have

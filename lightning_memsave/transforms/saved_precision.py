@@ -25,7 +25,10 @@ SUBJECT = "SavedActivationPrecision"
 DTYPES = ("int8", "fp8")
 Narrow = Literal["int8", "fp8"]
 GROUP = 256  # values that share one fp32 scale
-_FP8_MAX = 448.0
+_TOP = {"int8": 126.0, "fp8": 448.0}  # the largest code of a value
+# Codes no value has, as bytes: -128 and -127 of int8, the two NaN of e4m3.
+_MINUS_INF = {"int8": 0x80, "fp8": 0xFF}
+_LOWEST = {"int8": 0x81, "fp8": 0x7F}
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -121,7 +124,7 @@ class _Narrower:
             yield
 
     def _pack(self, tensor: Tensor, weights: SavedWeights) -> Any:
-        if tensor.numel() < self.min_values or not _narrows(tensor) or weights.hold(tensor) or _masks(tensor):
+        if tensor.numel() < self.min_values or not _narrows(tensor) or weights.hold(tensor):
             return tensor
         storage = tensor.untyped_storage()
         key = (storage._cdata, tensor._version, tensor.storage_offset(), tensor.numel())
@@ -149,13 +152,6 @@ def _narrows(tensor: Tensor) -> bool:
     )  # (..., 1) holds statistics: mean, rstd
 
 
-def _masks(tensor: Tensor) -> bool:
-    """Return whether this is an additive attention mask: its -inf has no scale that other values could share."""
-    if tensor.requires_grad or not tensor.is_floating_point():
-        return False
-    return not bool(tensor.abs().amax() < torch.finfo(tensor.dtype).max / 2)
-
-
 def _dense(tensor: Tensor) -> bool:
     """Return whether the values are one piece of memory: an expanded or sliced tensor would grow by being packed."""
     expected = 1
@@ -181,13 +177,13 @@ class _EightBits(_Kept):
     """Eight bits a value and one fp32 scale for 256 of them."""
 
     def __init__(self, flat: Tensor, dtype: Narrow) -> None:
-        self._dtype = flat.dtype
+        self._dtype, self._narrow = flat.dtype, dtype
         self._codes, self._scales = _quantize(flat, dtype)
         self.nbytes = self._codes.nbytes + self._scales.nbytes
 
     def flat(self) -> Tensor:
         """Return the values, rounded."""
-        return _dequantize(self._codes, self._scales, self._dtype)
+        return _dequantize(self._codes, self._scales, self._dtype, self._narrow)
 
 
 class _Bits(_Kept):
@@ -217,28 +213,31 @@ def _unpack(saved: Any) -> Tensor:
 
 
 def _quantize(flat: Tensor, dtype: Narrow) -> tuple[Tensor, Tensor]:
+    """Return codes and scales; what an additive mask hides (-inf, or the dtype's lowest value) has codes of its own."""
     count = flat.numel()
     groups = -(-count // GROUP)
-    values = torch.zeros(groups * GROUP, dtype=torch.float32, device=flat.device) if count % GROUP else None
-    if values is None:
-        values = flat.to(torch.float32, copy=True)
-    else:
-        values[:count] = flat
-    values = values.view(groups, GROUP)
-    largest = values.abs().amax(dim=1)
-    top = 127.0 if dtype == "int8" else _FP8_MAX
-    scales = largest / top
+    values = torch.zeros(groups * GROUP, dtype=torch.float32, device=flat.device)
+    values[:count] = flat
+    lowest = torch.finfo(flat.dtype).min
+    no_value, hidden = values == -torch.inf, values < lowest / 2
+    values = values.masked_fill_(hidden, 0.0).view(groups, GROUP)
+    scales = values.abs().amax(dim=1) / _TOP[dtype]
     values.div_(torch.where(scales > 0, scales, 1.0)[:, None])
-    if dtype == "int8":
-        return values.round_().to(torch.int8).view(-1)[:count].clone(), scales
-    return values.to(torch.float8_e4m3fn).view(-1)[:count].clone(), scales
+    codes = (values.round_().to(torch.int8) if dtype == "int8" else values.to(torch.float8_e4m3fn)).view(-1)
+    for mask, code in ((hidden, _LOWEST[dtype]), (no_value, _MINUS_INF[dtype])):
+        codes.view(torch.uint8).masked_fill_(mask, code)
+    return codes[:count].clone(), scales
 
 
-def _dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, like: Narrow) -> Tensor:
     count = codes.numel()
     values = torch.zeros(scales.numel() * GROUP, dtype=torch.float32, device=codes.device)
     values[:count] = codes.to(torch.float32)
-    return values.view(-1, GROUP).mul_(scales[:, None]).view(-1)[:count].to(dtype)
+    values.view(-1, GROUP).mul_(scales[:, None])
+    for code, hidden in ((_LOWEST[like], torch.finfo(dtype).min), (_MINUS_INF[like], -torch.inf)):
+        values[:count].masked_fill_(codes.view(torch.uint8) == code, hidden)
+    values.view(-1, GROUP).add_((scales * 0)[:, None])  # NaN where a value of the group was
+    return values[:count].to(dtype)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

