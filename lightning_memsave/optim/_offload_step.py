@@ -16,7 +16,7 @@ from lightning_memsave.errors import ConfigurationError
 from lightning_memsave.optim._offload_boundary import Boundary, Slot, room_for
 from lightning_memsave.optim._offload_twin import SUBJECT, Position, Stepped, commit, step_on
 from lightning_memsave.optim.disk_state import DiskState
-from lightning_memsave.optim.local_shards import standing_for
+from lightning_memsave.optim.local_shards import shard_of, standing_for
 from lightning_memsave.units import MIB
 
 __all__ = ["BUCKET_BYTES", "MASTER", "HostStep", "Installed", "cut", "needs_master", "slot_needs", "staged_sizes"]
@@ -271,7 +271,7 @@ class HostStep:
         """Load a state dict into host memory, whatever the device of the parameters; return the state.
 
         torch moves what it loads to the device and the dtype of the parameters, so the optimizer's own
-        ``load_state_dict`` is shown empty parameters on the host instead.
+        ``load_state_dict`` is shown parameters on the host instead, of the same shapes and without memory.
         """
         optimizer = self.optimizer
         real = [group["params"] for group in optimizer.param_groups]
@@ -279,15 +279,16 @@ class HostStep:
         before = optimizer.state
         _set_parameters(optimizer, shown)
         optimizer.state = defaultdict(dict)
+        pairs = [(s, p) for ss, ps in zip(shown, real) for s, p in zip(ss, ps)]
         try:
-            inner(state_dict)
+            with standing_for(pairs):
+                inner(state_dict)
             loaded: Any = optimizer.state
         finally:
             optimizer.state = before
             _set_parameters(optimizer, real)
         before.clear()
         self._versions.clear()
-        pairs = [(s, p) for ss, ps in zip(shown, real) for s, p in zip(ss, ps)]
         return {p: self._kept(self._loaded(p, loaded.pop(s))) for s, p in pairs if s in loaded}
 
     def _loaded(self, p: Tensor, state: Any) -> Any:
@@ -297,7 +298,7 @@ class HostStep:
 
     def _stand_in(self, p: Tensor) -> Tensor:
         dtype = torch.float32 if self._has_master(p) else p.dtype
-        return torch.empty(0, dtype=dtype, device="cpu")
+        return torch.empty((), dtype=dtype, device="cpu").expand(shard_of(p).shape)
 
 
 def _set_parameters(optimizer: Optimizer, parameters: list[list[Tensor]]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
 from lightning_memsave import (
+    CheckpointRehearsal,
     EarlyZeroGrad,
     GradientRelease,
     IncompatibleMethodsError,
@@ -142,6 +143,27 @@ def test_a_checkpoint_is_an_ordinary_one_and_resumes_either_way(way: Any, tmp_pa
         torch.load(path, weights_only=True)
         resumed = Scheduled()
         fit(resumed, *second, max_epochs=2, ckpt_path=path)
+        assert resumed.losses == whole.losses[3:]
+        assert equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_4bit", "adafactor", "came", "muon", "galore_adamw"])
+@pytest.mark.parametrize("keep_32bit", [["*norm*"], ["net.head"]], ids=["", "head"])
+def test_an_optimizer_of_another_rule_resumes_from_files_and_in_memory(
+    name: str, keep_32bit: list[str], tmp_path: Path
+) -> None:
+    def savers(offload: bool = True) -> list[Any]:
+        options = {"rank": 8} if name == "galore_adamw" else {}
+        replaced = LowMemoryOptimizer(name, options=options, keep_32bit=keep_32bit)
+        return [replaced, *([OptimizerOffload("state"), CheckpointRehearsal()] if offload else [])]
+
+    whole = Scheduled()
+    fit(whole, *savers(), max_epochs=2, enable_checkpointing=True)
+    path = tmp_path / "files.ckpt"
+    fit(Scheduled(), *savers()).save_checkpoint(path)
+    for offload in (True, False):
+        resumed = Scheduled()
+        fit(resumed, *savers(offload), max_epochs=2, ckpt_path=path)
         assert resumed.losses == whole.losses[3:]
         assert equal(weights(resumed), weights(whole))
 
