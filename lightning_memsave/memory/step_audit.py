@@ -126,13 +126,8 @@ class StepAudit:
                 half,
             )
         if packed:
-            yield Finding(
-                "dtypes",
-                "problem",
-                f"{len(packed)} quantized tensors are in an optimizer: {listed(packed)}. They cannot train: leave them "
-                "out of configure_optimizers, and train adapters.",
-                packed,
-            )
+            text = f"{len(packed)} quantized tensors are in an optimizer, which passes over them: {listed(packed)}."
+            yield Finding("dtypes", "ok", text, packed)
 
     def _frozen(self, names: dict[int, str]) -> Iterator[Finding]:
         frozen = [

@@ -22,6 +22,7 @@ from lightning_memsave import (
     GradientRelease,
     LowMemoryOptimizer,
     MemoryAudit,
+    QLoRA,
 )
 
 
@@ -207,6 +208,18 @@ def test_8bit_state_is_counted_by_dtype():
     assert (
         "13 of 28 tensors in 8 bits (14 have fewer than 4096 values, 1 are kept" in found["optimizer state"][0]["text"]
     )
+
+
+def test_quantized_weights_that_an_optimizer_was_given_are_no_problem():
+    """``Optimizer(self.parameters())`` is how most modules are written; what is frozen gets no gradient."""
+
+    class All(LitLM):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    found = audit(All(), QLoRA(rank=2), strict=True)
+    assert found["dtypes"][0]["status"] == "ok"
+    assert found["dtypes"][0]["text"].startswith("12 quantized tensors are in an optimizer, which passes over them")
 
 
 def test_dense_masks_are_shown():
