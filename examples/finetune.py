@@ -4,6 +4,7 @@ Nothing here knows about memory. The savers are added from outside::
 
     python examples/finetune.py fit --config examples/configs/plain.yaml
     python examples/finetune.py fit --config examples/configs/trio.yaml
+    python examples/finetune.py fit --config examples/configs/full.yaml
     python examples/finetune.py fit --config examples/configs/qlora.yaml
 """
 
