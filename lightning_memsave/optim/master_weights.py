@@ -85,8 +85,8 @@ class Stochastic:
         return self.rounder.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the generators."""
-        self.rounder.load_state_dict(state_dict)
+        """Set the generators; what another way has counted is its own."""
+        self.rounder.load_state_dict({key: value for key, value in state_dict.items() if isinstance(value, Tensor)})
 
 
 class Split:

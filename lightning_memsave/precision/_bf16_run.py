@@ -106,7 +106,8 @@ class BF16Run:
         elif optimizer.correction_dtype != self.masters.dtype:
             yield (
                 f"adamw_split_master keeps {optimizer.correction_dtype} corrections, and BF16Precision made "
-                f"{self.masters.dtype} ones. Write the same correction= in both (int8 or int16)."
+                f'{self.masters.dtype} ones. Write the same in both: BF16Precision("split", correction=...) and '
+                'LowMemoryOptimizer("adamw_split_master", options={"correction": ...}), each "int8" or "int16".'
             )
 
     def _rest_of(self, p: Tensor) -> Tensor | None:

@@ -442,11 +442,13 @@ def test_an_optimizer_that_needs_all_parameters_is_refused() -> None:
         fit(Search(), BF16Precision())
 
 
-def test_a_checkpoint_of_another_way_is_refused(tmp_path) -> None:
-    trainer = fit(LitLM(), BF16Precision("split"))
+@pytest.mark.parametrize("savers", [[], [LowMemoryOptimizer("adamw_split_master")]], ids=["adamw", "split_master"])
+@pytest.mark.parametrize("way", ["kahan", "stochastic"])
+def test_a_checkpoint_of_another_way_is_refused(tmp_path, way, savers) -> None:
+    trainer = fit(LitLM(), BF16Precision("split"), *savers)
     trainer.save_checkpoint(tmp_path / "split.ckpt")
     with pytest.raises(CheckpointMismatchError, match="kept with correction"):
-        fit(LitLM(), BF16Precision("kahan"), ckpt_path=tmp_path / "split.ckpt", max_epochs=2)
+        fit(LitLM(), BF16Precision(way), ckpt_path=tmp_path / "split.ckpt", max_epochs=2)
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2", "deepspeed"])
