@@ -31,8 +31,8 @@ __all__ = ["REFERENCE", "Job", "recipes", "run"]
 
 REFERENCE = "fp32 AdamW"
 HELD_OUT_ROWS = 8
-# Update rules that are not AdamW's want another learning rate: the multiple of AdamW's that their papers advise.
-RATES = {"lion": 0.1, "lion_8bit": 0.1}
+# Update rules that are not AdamW's step by another size at the same rate; the multiple of AdamW's rate they are given.
+RATES = {"adalomo": 10.0, "came": 0.2, "galore_adamw": 4.0, "lion": 0.3, "lion_8bit": 0.3, "muon": 10.0}
 
 
 @dataclass(frozen=True, kw_only=True)

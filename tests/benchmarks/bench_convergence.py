@@ -58,7 +58,7 @@ def page(done: dict[str, Any], args: argparse.Namespace, picture: str) -> str:
         "step; the worst distance is that of the two curves, each smoothed over five steps.",
         "",
         *(f"- {name}: {value}" for name, value in machine().items()),
-        f"- command: `python tests/benchmarks/bench_convergence.py {' '.join(args.argv)}`".replace(" `", "`"),
+        f"- command: `{' '.join(['python tests/benchmarks/bench_convergence.py', *args.argv])}`",
         "",
         f"![Loss curves]({picture})",
         "",

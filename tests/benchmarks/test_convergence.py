@@ -86,6 +86,6 @@ def test_the_page_shows_every_run_and_its_distance(tmp_path: Path, monkeypatch: 
     bench.main([*arguments, "--recipes", "adamw_8bit", "lion"])
     assert asked == names, "what was measured is not measured again"
     text = output.with_suffix(".md").read_text()
-    assert "| lion | 0.1x | 4.000 |" in text
+    assert "| lion | 0.3x | 4.000 |" in text
     assert "| 2.9000 | 1.0000 |" in text
     assert output.with_suffix(".png").stat().st_size > 5000
