@@ -6,12 +6,14 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_memsave.optim._bitsandbytes import MIN_PAGED_ELEMENTS
 from lightning_memsave.optim.local_shards import shard_of
 from lightning_memsave.optim.registry import OptimizerRow, family_of
+from lightning_memsave.optim.split_weights import correction_of
 from lightning_memsave.optim.state_bytes import trainable_parameters
 
 __all__ = ["rule_notes", "size_notes", "swapped_state_bytes"]
@@ -78,6 +80,14 @@ def size_notes(new: Optimizer, row: OptimizerRow, options: Mapping[str, Any], ke
         else:
             notes.append(
                 f"{large} of {len(parameters)} trainable tensors are large enough to be paged (>= 1e5 elements)"
+            )
+    if row.name == "adamw_split_master":
+        half = [p for p in parameters if p.dtype == torch.bfloat16]
+        unknown = sum(correction_of(p) is None for p in half)
+        if unknown:
+            notes.append(
+                f"the fp32 values of {unknown} of {len(half)} bf16 tensors are not known, so their corrections are "
+                'drawn; plugins=[BF16Precision("split")] keeps what its cast of fp32 weights would lose'
             )
     if any(isinstance(p, DTensor) for p in parameters):
         notes.append("steps on this rank's shards")

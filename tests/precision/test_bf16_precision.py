@@ -143,6 +143,16 @@ def test_adamw_split_master_takes_the_corrections_over() -> None:
     assert held_state_bytes(optimizer) > 0
 
 
+def test_corrections_that_nobody_kept_are_said_to_be_drawn(caplog) -> None:
+    make_trainer(callbacks=[LowMemoryOptimizer("adamw_split_master")], precision="bf16-true").fit(
+        LitLM(), make_loader()
+    )
+    assert "the fp32 values of 28 of 28 bf16 tensors are not known, so their corrections are drawn" in caplog.text
+    caplog.clear()
+    fit(LitLM(), BF16Precision("split"), LowMemoryOptimizer("adamw_split_master"))
+    assert "not known" not in caplog.text
+
+
 def test_weights_of_a_bf16_file_are_drawn_from_their_cells_and_it_is_said() -> None:
     for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.to(torch.bfloat16).float()):
         module, seen = cast(LitLM()), Lines()
