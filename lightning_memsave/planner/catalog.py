@@ -53,6 +53,7 @@ class Method:
 
 # Links from docs/methods.md.
 _DEMO = "[SmolLM2-135M demo](benchmarks/smollm2-135m-demo_cpu_202611.md)"
+_CURVES = "[SmolLM2-135M, every optimizer](benchmarks/smollm2-135m-convergence_cpu_202611.md)"
 _BENCH = "[SmolLM2-135M beside HF Trainer](benchmarks/smollm2-135m_cpu_202611.md)"
 
 CATALOG: tuple[Method, ...] = (
@@ -108,6 +109,7 @@ CATALOG: tuple[Method, ...] = (
         costs="one more forward of those modules per step",
         numerics="bounded",
         use_when="sequences of tens of thousands of tokens, beside checkpointing and chunked loss",
+        measured="norm and MLP of SmolLM2-135M, 8192 tokens, tiles of 1024, CPU: 343 -> 94 MB, 1.16 of their time",
         init_args={"modules": ["Linear"], "tile_tokens": 2},
         source="Bekman et al. 2025, https://arxiv.org/abs/2506.13996",
     ),
@@ -237,7 +239,7 @@ CATALOG: tuple[Method, ...] = (
         costs="two fp32 copies of a bucket of parameters in the step; gradients accumulate in bf16",
         numerics="statistical",
         use_when="all parameters train: split beside adamw_split_master holds weights, masters and moments in 5 bytes",
-        measured="losses within 0.003 of fp32 AdamW in 400 small steps (split), bf16-true 0.99: tests/precision",
+        measured="held-out loss 2.916 (split), 2.912 (stochastic), fp32 2.907, pure bf16 3.197: " + _CURVES,
         init_args={"weights": "split"},
         source="Zamirai et al. 2020, https://arxiv.org/abs/2010.06192; FlashOptim 2026, https://arxiv.org/abs/2602.23349",
         slot="plugins",

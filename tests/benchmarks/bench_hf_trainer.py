@@ -188,7 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--trim", default="512MiB", help="growth at which the rows that trim glibc's heap do so")
+    parser.add_argument("--trim", default="1GiB", help="growth at which the rows that trim glibc's heap do so")
     parser.add_argument("--output", type=Path, default=PAGES / "smollm2-135m_cpu_202611.json")
     args = parser.parse_args(argv)
     args.argv = argv

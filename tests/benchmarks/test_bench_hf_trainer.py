@@ -46,13 +46,13 @@ def test_every_pair_is_repeated_and_tensor_bytes_are_counted_once(
     output = tmp_path / "rows.json"
     bench.main(["--methods", "lora", "--repetitions", "2", "--output", str(output)])
     assert (
-        measured.count("lora/glibc") == measured.count("lora/tcmalloc") == measured.count("lora/glibc/trim=512MiB") == 2
+        measured.count("lora/glibc") == measured.count("lora/tcmalloc") == measured.count("lora/glibc/trim=1GiB") == 2
     )
     assert measured.count("lora/tracked") == 1
     assert {key: len(entry["runs"]) for key, entry in json.loads(output.read_text()).items()} == {
         "lora/glibc": 2,
         "lora/tcmalloc": 2,
-        "lora/glibc/trim=512MiB": 2,
+        "lora/glibc/trim=1GiB": 2,
         "lora/tracked": 1,
     }
 
