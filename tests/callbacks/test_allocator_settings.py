@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,6 +33,36 @@ def fit(module: Any, *callbacks: Any, **options: Any) -> tuple[Any, list[str]]:
     trainer = make_trainer(callbacks=[*callbacks, lines], **options)
     trainer.fit(module, make_loader())
     return trainer, lines.lines
+
+
+@pytest.fixture(autouse=True)
+def heap(monkeypatch) -> Any:
+    """Say which heap the process has; none that is known, unless a test names one."""
+
+    def set_heap(name: str | None) -> None:
+        monkeypatch.setattr(allocator_settings, "host_allocator", lambda: name)
+
+    set_heap(None)
+    return set_heap
+
+
+TRIMS = "freed host memory is given back for every 1.00 GiB of growth"
+
+
+@pytest.mark.parametrize(("name", "trims"), [("glibc", True), ("tcmalloc", False), (None, False)])
+def test_glibcs_heap_is_trimmed_while_the_cpu_trains(heap, name, trims) -> None:
+    heap(name)
+    _, lines = fit(LitLM(), AllocatorSettings(expandable_segments=False))
+    assert [line.partition(" (")[0] for line in lines] == ([TRIMS] if trims else [])
+    assert "memsave-host-trim" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_heap_is_left_alone_where_asked_or_where_nothing_trains(heap) -> None:
+    heap("glibc")
+    assert fit(LitLM(), AllocatorSettings(expandable_segments=False, host_trim=None))[1] == []
+    callback = AllocatorSettings(expandable_segments=False)
+    assert callback._growth(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu"))), "validate") == 0
+    assert callback._growth(SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda"))), "fit") == 0
 
 
 def test_on_the_cpu_it_says_that_it_has_nothing_to_do() -> None:
