@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,9 @@ def model_folder(name: str) -> str:
     if name != PACKAGED:
         return name
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lightning_memsave"
-    folder = cache / Path(_GGUF).stem
+    # Each major version of transformers writes tokenizers that others may not read.
+    major = version("transformers").split(".")[0]
+    folder = cache / f"{Path(_GGUF).stem}-transformers{major}"
     if not folder.exists():
         _unpack(folder)
     return str(folder)
