@@ -17,6 +17,8 @@ __all__ = ["ModelsChange", "find_models", "set_models"]
 
 _SUBJECT = "AttentionKernel"
 
+_NO_SOFTCAP = "sdpa has no soft-capped scores"
+
 
 @dataclass
 class ModelsChange:
@@ -132,6 +134,8 @@ def _try(model: Any, wanted: str, change: ModelsChange) -> str:
     config = model.config
     if config._attn_implementation == wanted:
         return ""
+    if wanted == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        return _NO_SOFTCAP  # transformers 4 would leave it out
     old = config._attn_implementation_internal
     try:
         model.set_attn_implementation({"": wanted})
@@ -146,7 +150,7 @@ def _try(model: Any, wanted: str, change: ModelsChange) -> str:
 
 def _keeps_eager(config: Any) -> str:
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "sdpa has no soft-capped scores"
+        return _NO_SOFTCAP
     if getattr(config, "output_attentions", False):
         return "output_attentions=True asks for the scores"
     return ""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 HERE = Path(__file__).resolve().parent
 STEPS = 8
@@ -47,6 +49,8 @@ def train(recipe: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def reference() -> list[float]:
+    if Version(version("transformers")) < Version("5") and importlib.util.find_spec("sentencepiece") is None:
+        pytest.skip("transformers 4 reads the packaged tokenizer with sentencepiece, which is not installed")
     return train(convergence.REFERENCE)
 
 
