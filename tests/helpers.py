@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -109,6 +110,23 @@ class LitLM(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class ShardedLM(LitLM):
+    """Shards its own blocks, as ``ModelParallelStrategy`` asks; made in fp64 in ``configure_model``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(build_in="configure_model", **options)
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        super().configure_model()
+        self.net.double()
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
 
 
 def make_loader(batch_size: int = 8, **kwargs: Any) -> DataLoader:

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LitLM, make_loader, make_trainer
+from helpers import LitLM, ShardedLM, make_loader, make_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 from lightning_memsave import ActivationCheckpointing, TiledCompute
 
@@ -17,21 +16,9 @@ from lightning_memsave import ActivationCheckpointing, TiledCompute
 WEIGHTS = 1e-12
 
 
-class Sharded(LitLM):
-    def configure_model(self) -> None:
-        if hasattr(self, "net"):
-            return
-        super().configure_model()
-        self.net.double()
-        mesh = self.device_mesh["data_parallel"]
-        for block in self.net.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
-
-
 def train(strategy: str, savers: list[Any]) -> tuple[list[float], list[Tensor]]:
     sharded = strategy == "fsdp2"
-    module = Sharded(build_in="configure_model") if sharded else LitLM().double()
+    module = ShardedLM() if sharded else LitLM().double()
     made = make_trainer(
         callbacks=savers,
         devices=2,
