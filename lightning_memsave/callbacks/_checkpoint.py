@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memsave.callbacks._session import CHECKPOINT, Session, hook_instance
 from lightning_memsave.errors import CheckpointMismatchError, ConfigurationError, IncompatibleMethodsError
+from lightning_memsave.planner.compatibility import SHARDED_STRATEGIES
 from lightning_memsave.transforms._adapter_files import write_peft
 from lightning_memsave.transforms._checkpoint_state import (
     RECORD_KEY,
@@ -51,7 +52,7 @@ def attach_adapter_checkpoint(trainer: Trainer, module: LightningModule, method:
     if _callback_of_class(trainer, NAME) is not None:
         return
     kind = session.strategy_kind
-    if kind == "deepspeed":
+    if kind in ("deepspeed", "memsave_zero"):
         trainer.strategy.exclude_frozen_parameters = True  # type: ignore[attr-defined]
         module.strict_loading = False
         session.report(NAME, "DeepSpeed leaves frozen parameters out of its checkpoints; it checks no names on loading")
@@ -128,7 +129,7 @@ class CheckpointFilter:
         self.trainer = session.trainer
         self.strategy: Any = session.trainer.strategy
         self.export_peft = export_peft
-        self.sharded = session.strategy_kind == "fsdp2"
+        self.sharded = session.strategy_kind in SHARDED_STRATEGIES
         self.session: Session | None = session
         self.frozen: Frozen | None = None
         self._restored: set[str] = set()

@@ -82,6 +82,10 @@ def namespace_of(trainer: Any) -> ModuleType:
 
 _KINDS = {
     "BlockDDPStrategy": "memsave_ddp",
+    "FSDP2Strategy": "memsave_fsdp2",
+    "PipelineStrategy": "memsave_pipeline",
+    "TensorParallelStrategy": "memsave_tensor_parallel",
+    "ZeROStrategy": "memsave_zero",
     "DeepSpeedStrategy": "deepspeed",
     "FSDPStrategy": "fsdp1",
     "ModelParallelStrategy": "fsdp2",
@@ -94,7 +98,7 @@ def strategy_kind(strategy: Any) -> str:
     """Return the column of the compatibility table a strategy belongs to.
 
     Returns:
-        One of ``single``, ``ddp``, ``ddp_spawn``, ``memsave_ddp``, ``fsdp1``, ``fsdp2``, ``deepspeed``, ``other``.
+        One of ``STRATEGIES`` of the compatibility table, or ``other``.
 
     """
     for cls in type(strategy).__mro__:

@@ -22,6 +22,7 @@ from lightning_memsave.optim.offload import (
     host_need,
     offload_optimizer,
 )
+from lightning_memsave.planner.compatibility import SHARDED_STRATEGIES
 from lightning_memsave.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run_problems(owner: OptimizerOffload, session: Session, module: Any) -> list
     """Return one sentence for everything in this run that does not go with what was asked."""
     trainer = session.trainer
     problems = []
-    if session.strategy_kind == "fsdp2" and owner.when == "always":
+    if session.strategy_kind in SHARDED_STRATEGIES and owner.when == "always":
         problems.append(
             "FSDP2 keeps shards, gradients and state on the host itself: "
             "fully_shard(..., offload_policy=CPUOffloadPolicy()). Here, when='evaluation' works."

@@ -24,6 +24,7 @@ from lightning_memsave.optim.rehearsal import (
     tensor_bytes,
     unsavable,
 )
+from lightning_memsave.planner.compatibility import SHARDED_STRATEGIES
 from lightning_memsave.transforms._optimizer_names import group_names
 from lightning_memsave.units import format_bytes
 
@@ -157,7 +158,7 @@ class Rehearsal:
     # -- reading --------------------------------------------------------------------------------------------------
     def _check(self, path: Path) -> None:
         kind = self.session.strategy_kind
-        if kind == "fsdp2":
+        if kind in SHARDED_STRATEGIES:
             self._check_sharded(path)
         elif kind not in _COMPARED:
             self.done.how = f"and neither read nor compared on {type(self.strategy).__name__},"

@@ -100,7 +100,7 @@ def _inactive(session: Session, module: Any) -> str:
         return "the module optimizes manually; call optimizer.zero_grad(set_to_none=True) right after optimizer.step()"
     if "GradientRelease" in session.methods:
         return "GradientRelease frees each gradient inside backward"
-    if session.strategy_kind == "deepspeed":
+    if session.strategy_kind in ("deepspeed", "memsave_zero"):
         return "DeepSpeed frees its gradients itself"
     if not all(hasattr(optimizer, "register_step_post_hook") for optimizer in session.trainer.optimizers):
         return "the optimizer is not a torch.optim.Optimizer"

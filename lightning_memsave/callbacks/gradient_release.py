@@ -11,6 +11,7 @@ from lightning_memsave.callbacks._session import Session, hook_instance
 from lightning_memsave.errors import ConfigurationError, raise_problems
 from lightning_memsave.optim.release import Accumulate, Clipping, GradientReleaser, release_problems
 from lightning_memsave.optim.zero_grad import gradient_bytes
+from lightning_memsave.planner.compatibility import SHARDED_STRATEGIES
 from lightning_memsave.units import format_bytes
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def _trainer_problems(owner: GradientRelease, trainer: Any) -> list[str]:
         )
     kind = strategy_kind(trainer.strategy)
     reduces = hasattr(trainer.strategy, "register_reduced_hook")
-    if trainer.world_size > 1 and not reduces and kind not in ("single", "fsdp2"):
+    if trainer.world_size > 1 and not reduces and kind not in ("single", *SHARDED_STRATEGIES):
         problems.append(
             f"{type(trainer.strategy).__name__} is not known to have averaged a gradient over the ranks when autograd "
             "is done with it. Use strategy='memsave_ddp', or ModelParallelStrategy."

@@ -16,6 +16,7 @@ __all__ = [
     "METHOD_CONDITIONS",
     "METHOD_PAIRS",
     "METHOD_STRATEGIES",
+    "SHARDED_STRATEGIES",
     "STRATEGIES",
     "UNTESTED_STRATEGIES",
     "Cell",
@@ -28,6 +29,8 @@ __all__ = [
 Cell = Literal["yes", "partly", "no", "untested"]
 
 STRATEGIES = ("single", "ddp", "ddp_spawn", "memsave_ddp", "fsdp1", "fsdp2", "deepspeed")
+# Weights are DTensors, of which a rank holds its shards, and checkpoints are Lightning's ModelParallelStrategy's.
+SHARDED_STRATEGIES = ("fsdp2", "memsave_fsdp2", "memsave_tensor_parallel")
 # Need a GPU in every version of Lightning that is supported: nothing is claimed of them, and a run says so.
 UNTESTED_STRATEGIES = ("fsdp1", "deepspeed")
 
